@@ -1,0 +1,51 @@
+"""The kernels of the backend Keras runs on, picked once at import.
+
+Three pure functions of tensors, the same on every backend; `reference.py` is
+their definition. Moments are float32, or float64 for float64 inputs, whatever
+the inputs' dtype; outputs have the inputs' dtype.
+
+`batch_moments(inputs, *, axis, mask=None, synchronized=False)`
+    `(mean, variance, count)`: `mean` and the biased `variance` of shape
+    `(channels,)`; `count`, how many positions entered: an int where the shape
+    says it, else a scalar or, under a mask, of shape `(channels,)`. A channel
+    without any position has mean 0, variance 0 and count 0. No gradient flows
+    through the result.
+
+`normalize_batch(inputs, gamma, beta, *, axis, epsilon, mask=None,
+moments=None, synchronized=False)`
+    `(outputs, mean, variance, count)`. The gradient of `outputs` goes to
+    `inputs` (through the moments too), `gamma` and `beta`; none goes through
+    the other three. `moments` hands in the result of `batch_moments` for these
+    inputs and this mask, where the caller needed it beforehand.
+
+`normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon)`
+    `outputs`, normalized with moments that do not depend on `inputs`.
+
+`axis` is an int in `[0, rank)`. `gamma` and `beta` may be None and are
+otherwise `(channels,)` in the dtype of the moments. `mask` is boolean, of the
+rank of `inputs`, broadcastable to it: False positions are normalized like the
+others but do not enter the moments.
+"""
+
+import keras
+
+if keras.backend.backend() == "tensorflow":
+    from keras_bn.kernels.tensorflow import batch_moments
+    from keras_bn.kernels.tensorflow import normalize_batch
+    from keras_bn.kernels.tensorflow import normalize_with
+elif keras.backend.backend() == "jax":
+    from keras_bn.kernels.jax import batch_moments
+    from keras_bn.kernels.jax import normalize_batch
+    from keras_bn.kernels.jax import normalize_with
+elif keras.backend.backend() == "torch":
+    from keras_bn.kernels.torch import batch_moments
+    from keras_bn.kernels.torch import normalize_batch
+    from keras_bn.kernels.torch import normalize_with
+else:
+    raise ImportError(
+        "keras_bn runs on the Keras backends tensorflow, jax and torch. "
+        f"Received: {keras.backend.backend()!r}. Set KERAS_BACKEND to one of "
+        "the three before Keras is imported."
+    )
+
+__all__ = ["batch_moments", "normalize_batch", "normalize_with"]

@@ -1,0 +1,472 @@
+"""The batch-normalization layer: arguments, weights, call and config."""
+
+import math
+import numbers
+
+import keras
+from keras import ops
+
+from keras_bn import kernels
+from keras_bn.moving_statistics import ExponentialMovingAverage
+from keras_bn.moving_statistics import assign_where_counted
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+@keras.saving.register_keras_serializable(package="keras_bn")
+class BatchNormalization(keras.layers.Layer):
+    """Batch normalization, a drop-in for `keras.layers.BatchNormalization`.
+
+    In training the layer normalizes with the moments of the batch,
+    `gamma * (x - mean(x)) / sqrt(variance(x) + epsilon) + beta`, and takes
+    them into its moving statistics:
+    `moving = moving * momentum + batch * (1 - momentum)`. In inference it
+    normalizes with the moving statistics. The mean and the variance are those
+    of each channel, over all other axes (Ioffe & Szegedy, 2015,
+    arXiv 1502.03167). The variance is the biased one, divided by N, in both
+    places, as in Keras.
+
+    Arguments, defaults, weights, their order and the meaning of `training` and
+    `trainable` are those of Keras 3.15's layer, so that weights move between
+    the two with `set_weights(get_weights())`. It is not a subclass of Keras's
+    layer: `isinstance(layer, keras.layers.BatchNormalization)` is False.
+
+    Moments are computed in float32, or float64 for float64 inputs, whatever
+    the dtype policy, and the moving statistics are kept in float32 or wider.
+    An empty batch, and one that is masked everywhere, leaves them as they are.
+
+    Args:
+        axis: Int, the channel axis: `-1` (default) with channels last, `1`
+            with channels first. Any axis of the inputs, but not the only one.
+        momentum: Float in `[0, 1]`, the weight of the past in the moving
+            statistics.
+        epsilon: Float, not negative, added to the variance.
+        center: Whether `beta` is added.
+        scale: Whether the result is multiplied by `gamma`.
+        beta_initializer: Initializer of `beta`.
+        gamma_initializer: Initializer of `gamma`.
+        moving_mean_initializer: Initializer of the moving mean.
+        moving_variance_initializer: Initializer of the moving variance.
+        beta_regularizer: Regularizer of `beta`.
+        gamma_regularizer: Regularizer of `gamma`.
+        beta_constraint: Constraint of `beta`.
+        gamma_constraint: Constraint of `gamma`.
+        renorm: Whether to train with batch renormalization (Ioffe, 2017,
+            arXiv 1702.03275). Inference is the same with and without.
+        renorm_clipping: Dictionary with any of the keys `"rmax"`, `"rmin"`,
+            `"dmax"`: the bounds of the correction `x * r + d`. Missing ones
+            do not bound.
+        renorm_momentum: Float in `[0, 1]`, the momentum of the statistics
+            that the correction uses.
+        synchronized: Whether the moments are those of the batch over all
+            replicas. TensorFlow only; without a running `tf.distribute`
+            strategy it changes nothing.
+        axis_name: Reserved; only None for now.
+        virtual_batch_size: Reserved; only None for now.
+        unbiased_variance: Reserved; only False for now.
+        debias: Reserved; only False for now.
+        **kwargs: Those of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        inputs: Tensor of rank 2 or more; any float dtype, others are cast to
+            the compute dtype.
+        training: Bool, whether to normalize with the batch's moments. With
+            `trainable = False` the layer runs as in inference regardless, as
+            in Keras.
+        mask: Boolean tensor, True at the positions that enter the moments.
+            Of the rank of `inputs`, broadcastable to it, or one axis less:
+            the channel axis, or else, as Keras reads it, the last axis. Where
+            the shape fits both it is refused.
+
+    Output shape: that of `inputs`, in the compute dtype.
+
+    Raises:
+        ValueError: an argument is out of its range; when the layer is built,
+            `axis` is not an axis of the inputs or the number of channels is
+            unknown; in the call, the shape of `mask` does not fit.
+    """
+
+    def __init__(
+        self,
+        axis=-1,
+        momentum=0.99,
+        epsilon=1e-3,
+        center=True,
+        scale=True,
+        beta_initializer="zeros",
+        gamma_initializer="ones",
+        moving_mean_initializer="zeros",
+        moving_variance_initializer="ones",
+        beta_regularizer=None,
+        gamma_regularizer=None,
+        beta_constraint=None,
+        gamma_constraint=None,
+        renorm=False,
+        renorm_clipping=None,
+        renorm_momentum=0.99,
+        synchronized=False,
+        axis_name=None,
+        virtual_batch_size=None,
+        unbiased_variance=False,
+        debias=False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        _refuse_reserved(
+            momentum, axis_name, virtual_batch_size, unbiased_variance, debias
+        )
+        self.axis = _integer_axis(axis)
+        self.momentum = _fraction("momentum", momentum)
+        self.epsilon = _not_negative("epsilon", epsilon)
+        self.center = center
+        self.scale = scale
+        self.beta_initializer = keras.initializers.get(beta_initializer)
+        self.gamma_initializer = keras.initializers.get(gamma_initializer)
+        self.moving_mean_initializer = keras.initializers.get(
+            moving_mean_initializer
+        )
+        self.moving_variance_initializer = keras.initializers.get(
+            moving_variance_initializer
+        )
+        self.beta_regularizer = keras.regularizers.get(beta_regularizer)
+        self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
+        self.beta_constraint = keras.constraints.get(beta_constraint)
+        self.gamma_constraint = keras.constraints.get(gamma_constraint)
+        self.renorm = renorm
+        if renorm:
+            renorm_clipping = _checked_clipping(renorm_clipping or {})
+        self.renorm_clipping = renorm_clipping
+        self.renorm_momentum = _fraction("renorm_momentum", renorm_momentum)
+        if synchronized and keras.backend.backend() != "tensorflow":
+            raise ValueError(
+                "Argument synchronized=True is only supported with the "
+                "TensorFlow backend. Received: synchronized=True with the "
+                f"backend {keras.backend.backend()!r}."
+            )
+        self.synchronized = synchronized
+        self.supports_masking = True
+
+        self.gamma = None
+        self.beta = None
+        self.moving_mean = None
+        self.moving_variance = None
+        self._moving_average = ExponentialMovingAverage(self.momentum)
+        self._renorm_average = ExponentialMovingAverage(self.renorm_momentum)
+
+    def build(self, input_shape):
+        axis = _axis_within(self.axis, input_shape)
+        channels = input_shape[axis]
+        if channels is None:
+            raise ValueError(
+                f"The size of axis {self.axis}, the channel axis, must be "
+                "known to build BatchNormalization. Received: "
+                f"input_shape={tuple(input_shape)}. Give the Input that size, "
+                "or name another axis."
+            )
+        if self.scale:
+            self.gamma = self.add_weight(
+                shape=(channels,),
+                name="gamma",
+                initializer=self.gamma_initializer,
+                regularizer=self.gamma_regularizer,
+                constraint=self.gamma_constraint,
+                autocast=False,
+            )
+        if self.center:
+            self.beta = self.add_weight(
+                shape=(channels,),
+                name="beta",
+                initializer=self.beta_initializer,
+                regularizer=self.beta_regularizer,
+                constraint=self.beta_constraint,
+                autocast=False,
+            )
+        mean_initializer = self.moving_mean_initializer
+        variance_initializer = self.moving_variance_initializer
+        self.moving_mean = self._add_statistic(
+            "moving_mean", channels, mean_initializer
+        )
+        self.moving_variance = self._add_statistic(
+            "moving_variance", channels, variance_initializer
+        )
+        if self.renorm:
+            # The paper averages the standard deviation; the moving variance
+            # is derived from it. The other two are what the correction uses.
+            def stddev_initializer(shape, dtype=None):
+                variance = _clone(variance_initializer)(shape, dtype=dtype)
+                return ops.sqrt(variance)
+
+            self.moving_stddev = self._add_statistic(
+                "moving_stddev", channels, stddev_initializer
+            )
+            self.renorm_mean = self._add_statistic(
+                "renorm_mean", channels, _clone(mean_initializer)
+            )
+            self.renorm_stddev = self._add_statistic(
+                "renorm_stddev", channels, stddev_initializer
+            )
+        self.input_spec = keras.layers.InputSpec(
+            ndim=len(input_shape), axes={axis: channels}
+        )
+
+    def _add_statistic(self, name, channels, initializer):
+        # float16 statistics overflow, so the dtype policy has a lower bound.
+        return self.add_weight(
+            shape=(channels,),
+            name=name,
+            dtype=keras.backend.result_type(self.variable_dtype, "float32"),
+            initializer=initializer,
+            trainable=False,
+            autocast=False,
+        )
+
+    def compute_output_shape(self, input_shape):
+        _axis_within(self.axis, input_shape)
+        return input_shape
+
+    def call(self, inputs, training=None, mask=None):
+        inputs = ops.convert_to_tensor(inputs)
+        axis = self.axis % len(inputs.shape)
+        if mask is not None:
+            mask = _full_rank_mask(mask, inputs.shape, axis)
+        if keras.backend.standardize_dtype(inputs.dtype) not in _FLOATS:
+            inputs = ops.cast(inputs, self.compute_dtype)
+        dtype = keras.backend.result_type(inputs.dtype, "float32")
+        gamma = ops.cast(self.gamma, dtype) if self.scale else None
+        beta = ops.cast(self.beta, dtype) if self.center else None
+
+        if not (training and self.trainable):
+            outputs = kernels.normalize_with(
+                inputs,
+                ops.cast(self.moving_mean, dtype),
+                ops.cast(self.moving_variance, dtype),
+                gamma,
+                beta,
+                axis=axis,
+                epsilon=self.epsilon,
+            )
+            return ops.cast(outputs, self.compute_dtype)
+
+        batch = {
+            "axis": axis,
+            "mask": mask,
+            "synchronized": self.synchronized,
+        }
+        moments = None
+        if self.renorm:
+            moments = kernels.batch_moments(inputs, **batch)
+            gamma, beta = self._renormalized(gamma, beta, *moments)
+        outputs, mean, variance, count = kernels.normalize_batch(
+            inputs, gamma, beta, epsilon=self.epsilon, moments=moments, **batch
+        )
+        if not self.renorm:
+            self._moving_average.update(self.moving_mean, mean, count)
+            self._moving_average.update(self.moving_variance, variance, count)
+        return ops.cast(outputs, self.compute_dtype)
+
+    def _renormalized(self, gamma, beta, mean, variance, count):
+        """The scale and offset that stand for gamma and beta under renorm.
+
+        `(x * r + d) * gamma + beta` is `x * (r * gamma) + (d * gamma + beta)`;
+        `r` and `d` count as constants (section 3 of the paper). They are taken
+        against the statistics before this batch enters them.
+        """
+        stddev = ops.sqrt(variance + self.epsilon)
+        reference = ops.maximum(
+            ops.cast(self.renorm_stddev, mean.dtype), math.sqrt(self.epsilon)
+        )
+        r = stddev / reference
+        d = (mean - ops.cast(self.renorm_mean, mean.dtype)) / reference
+        rmin, rmax, dmax = map(
+            self.renorm_clipping.get, ("rmin", "rmax", "dmax")
+        )
+        if rmin is not None:
+            r = ops.maximum(r, rmin)
+        if rmax is not None:
+            r = ops.minimum(r, rmax)
+        if dmax is not None:
+            d = ops.clip(d, -dmax, dmax)
+        r, d = ops.stop_gradient(r), ops.stop_gradient(d)
+
+        self._renorm_average.update(self.renorm_mean, mean, count)
+        self._renorm_average.update(self.renorm_stddev, stddev, count)
+        self._moving_average.update(self.moving_mean, mean, count)
+        self._moving_average.update(self.moving_stddev, stddev, count)
+        moving_stddev = ops.cast(self.moving_stddev, mean.dtype)
+        assign_where_counted(
+            self.moving_variance,
+            ops.relu(ops.square(moving_stddev) - self.epsilon),
+            count,
+        )
+        scale = r if gamma is None else r * gamma
+        offset = d if gamma is None else d * gamma
+        return scale, offset if beta is None else offset + beta
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            axis=self.axis,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            center=self.center,
+            scale=self.scale,
+            renorm=self.renorm,
+            renorm_clipping=self.renorm_clipping,
+            renorm_momentum=self.renorm_momentum,
+            synchronized=self.synchronized,
+        )
+        for weight in ("beta", "gamma", "moving_mean", "moving_variance"):
+            name = f"{weight}_initializer"
+            config[name] = keras.initializers.serialize(getattr(self, name))
+        for weight in ("beta", "gamma"):
+            name = f"{weight}_regularizer"
+            config[name] = keras.regularizers.serialize(getattr(self, name))
+            name = f"{weight}_constraint"
+            config[name] = keras.constraints.serialize(getattr(self, name))
+        return config
+
+
+def _refuse_reserved(
+    momentum, axis_name, virtual_batch_size, unbiased_variance, debias
+):
+    reserved = {
+        "axis_name": axis_name,
+        "virtual_batch_size": virtual_batch_size,
+        "unbiased_variance": unbiased_variance or None,
+        "debias": debias or None,
+    }
+    for name, value in reserved.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is not available in this version of keras_bn. "
+                f"Received: {name}={value!r}. Leave it out."
+            )
+    if momentum is None:
+        raise ValueError(
+            "`momentum=None` (cumulative average) is not available in this "
+            "version of keras_bn. Received: momentum=None. Give a float in "
+            "[0, 1]."
+        )
+
+
+def _integer_axis(axis):
+    if isinstance(axis, (tuple, list)):
+        raise ValueError(
+            "Several channel axes are not available in this version of "
+            f"keras_bn. Received: axis={axis!r}. Give one int."
+        )
+    whole = isinstance(axis, numbers.Real) and not isinstance(axis, bool)
+    if not whole or axis != math.floor(axis):
+        raise ValueError(f"`axis` must be an integer. Received: axis={axis!r}.")
+    return int(axis)
+
+
+def _axis_within(axis, input_shape):
+    """`axis` counted from the front, checked against `input_shape`."""
+    rank = len(input_shape)
+    if rank < 2:
+        raise ValueError(
+            "BatchNormalization needs inputs of rank 2 or more: samples and "
+            f"channels. Received: input_shape={tuple(input_shape)}."
+        )
+    if not -rank <= axis < rank:
+        raise ValueError(
+            f"Axis {axis} is out of bounds for input shape "
+            f"{tuple(input_shape)}. Received: axis={axis}. Give an axis in "
+            f"[{-rank}, {rank - 1}]."
+        )
+    return axis % rank
+
+
+def _fraction(name, value):
+    if not 0.0 <= float(value) <= 1.0:
+        raise ValueError(
+            f"`{name}` must be in [0, 1]. Received: {name}={value!r}."
+        )
+    return float(value)
+
+
+def _not_negative(name, value):
+    if not 0.0 <= float(value) < math.inf:
+        raise ValueError(
+            f"`{name}` must be a finite number, not negative. "
+            f"Received: {name}={value!r}."
+        )
+    return float(value)
+
+
+def _checked_clipping(clipping):
+    keys = ["rmax", "rmin", "dmax"]
+    if set(clipping) - set(keys):
+        raise ValueError(
+            "Received invalid keys for `renorm_clipping` argument: "
+            f"{clipping}. Supported values: {keys}."
+        )
+    rmax, rmin, dmax = map(clipping.get, keys)
+    if rmax is not None and rmin is not None and rmax < rmin:
+        raise ValueError(
+            "rmax should be greater than rmin in the `renorm_clipping` "
+            f"argument. Received: rmax={rmax}, rmin={rmin}."
+        )
+    if dmax is not None and dmax < 0:
+        raise ValueError(
+            "dmax should be non-negative in the `renorm_clipping` argument. "
+            f"Received: dmax={dmax}."
+        )
+    return clipping
+
+
+def _clone(initializer):
+    """A copy that draws anew, where the initializer can be copied."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return initializer.clone()
+    return initializer
+
+
+def _full_rank_mask(mask, shape, axis):
+    """Gives a mask the rank of the inputs, of shape `shape`.
+
+    A mask of one axis less is meant for positions and lacks the channel axis.
+    Keras reads it as lacking the last one, and a mask made by
+    `keras.layers.Masking` does. With channels last that is the same; elsewhere
+    the sizes tell, and where they do not nothing is guessed.
+    """
+    mask = ops.cast(mask, "bool")
+    rank = len(shape)
+    if len(mask.shape) == rank:
+        candidates = [tuple(mask.shape)]
+    elif len(mask.shape) == rank - 1:
+        front, back = tuple(mask.shape[:axis]), tuple(mask.shape[axis:])
+        candidates = [(*front, 1, *back), (*mask.shape, 1)]
+    else:
+        raise ValueError(
+            "The mask provided should be one dimension less than the inputs, "
+            "or have as many. Received: "
+            f"mask.shape={tuple(mask.shape)}, inputs.shape={tuple(shape)}"
+        )
+    fitting = {c: None for c in candidates if _broadcasts(c, shape)}
+    if not fitting:
+        raise ValueError(
+            "The mask must be broadcastable to the inputs without their "
+            f"channel axis {axis}. Received: mask.shape={tuple(mask.shape)}, "
+            f"inputs.shape={tuple(shape)}."
+        )
+    if len(fitting) > 1:
+        raise ValueError(
+            f"The mask could lack the channel axis {axis} or the last axis of "
+            "the inputs; both fit. Received: "
+            f"mask.shape={tuple(mask.shape)}, inputs.shape={tuple(shape)}. "
+            "Pass it with the rank of the inputs, size 1 where it is the same "
+            "for all."
+        )
+    if len(mask.shape) == rank:
+        return mask
+    (shape,) = fitting
+    return ops.expand_dims(mask, -1 if shape == candidates[1] else axis)
+
+
+def _broadcasts(shape, to):
+    return all(
+        a is None or b is None or a in (1, b)
+        for a, b in zip(shape, to, strict=True)
+    )
