@@ -1,0 +1,64 @@
+"""Files written whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from experiments import ExperimentError
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes a text file so that no reader ever sees half of it.
+
+    Args:
+        path: file to write or replace; missing folders above it are made.
+        text: its whole content, written as UTF-8.
+
+    Raises:
+        ExperimentError: the file cannot be written; what was there stays.
+    """
+    path = Path(path)
+    with _one_line(path), contextlib.ExitStack() as cleanup:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}."
+        )
+        cleanup.callback(Path(temporary).unlink, missing_ok=True)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        # mkstemp makes the file private; give it the usual permissions.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+
+
+def check_writable(path: Path | str) -> None:
+    """Finds out now whether `write_text` could write there later.
+
+    Args:
+        path: file that is to be written.
+
+    Raises:
+        ExperimentError: it cannot be: a folder stands there, or its own
+            folder cannot be made or written to.
+    """
+    path = Path(path)
+    with _one_line(path):
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
+@contextlib.contextmanager
+def _one_line(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise ExperimentError(
+            f"cannot write {path}: {error.strerror}; name a file in a folder "
+            "that you may write to"
+        ) from error

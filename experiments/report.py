@@ -1,0 +1,71 @@
+"""Draws the article's figures and tables from result files; never trains.
+
+    python -m experiments.report --results=results
+
+Writes `report.html`, a page that needs nothing else to be read, and its
+figures as `figures/*.svg`, all in the folder of results.
+"""
+
+import string
+from pathlib import Path
+
+from absl import flags
+
+from experiments import atomic
+from experiments import launch
+from experiments import report_sections
+from experiments import report_summaries
+
+_TEMPLATE = Path(__file__).with_name("report_template.html")
+
+
+def write_report(
+    results_dir: Path | str, published_curves: Path | str | None = None
+) -> Path:
+    """Writes the report of all results in a folder.
+
+    Args:
+        results_dir: folder with `<condition>/<seed>/run.json` and so on, as
+            `experiments.train` writes them. Runs may be unfinished.
+        published_curves: CSV file of the article's own curves, with the
+            columns condition, step and test_accuracy; without it the values
+            of the article's table are drawn. Neither is for results on
+            other data than CIFAR-10.
+
+    Returns:
+        Path of `report.html`, in that folder.
+
+    Raises:
+        ExperimentError: there is nothing to report, a file is damaged, the
+            runs were made with different settings, or the report cannot be
+            written. What an earlier call wrote stays then.
+    """
+    results_dir = Path(results_dir)
+    contents = report_summaries.read_contents(results_dir, published_curves)
+    sections, figures = report_sections.page_sections(contents)
+    template = string.Template(_TEMPLATE.read_text(encoding="utf-8"))
+    page = template.substitute(sections)
+    path = results_dir / "report.html"
+    # All is drawn before the first file is touched, and the page comes last.
+    for name, svg in figures.items():
+        atomic.write_text(results_dir / "figures" / f"{name}.svg", svg)
+    atomic.write_text(path, page)
+    return path
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    path = write_report(
+        flags.FLAGS.results, flags.FLAGS.published_curves or None
+    )
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("results", "results", "Folder that training wrote.")
+    flags.DEFINE_string(
+        "published_curves",
+        None,
+        "CSV file of the article's curves: condition, step, test_accuracy.",
+    )
+    launch(main)

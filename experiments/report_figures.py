@@ -1,0 +1,243 @@
+"""The report's figures, as SVG."""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import article
+from experiments.report_summaries import Summary
+from experiments.report_summaries import published_points
+from experiments.report_summaries import smooth
+
+# The article's step axis is kept once a run fills most of it.
+_LEAST_FILL_OF_STEP_AXIS = 2 / 3
+# The article's accuracy axis is kept while this much of the curves is on it.
+_LEAST_SHARE_IN_VIEW = 0.9
+
+# Stand-ins that become CSS variables in the page, so that the figures follow
+# its light or dark scheme. As they stand they suit a white background, and
+# colour-blind readers: blue, vermilion and green after Okabe and Ito.
+_INK, _GRID = "#24292f", "#d4d9df"
+_SERIES = ("#0072b2", "#c1500a", "#00795a")
+_DASHES = ("-", (0, (6, 2)), (0, (2, 1.3)))
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _GRID: "var(--grid)",
+    **{c: f"var(--series-{n})" for n, c in enumerate(_SERIES, start=1)},
+}
+
+
+def label(condition: article.Condition) -> str:
+    """Names a condition, as in `10: batch norm both, dropout 0.2`."""
+    return (
+        f"{condition.number}: batch norm {condition.batch_norm}, "
+        f"dropout {condition.dropout}"
+    )
+
+
+class Axes(NamedTuple):
+    """Right end of the step axis, and both ends of the accuracy axis."""
+
+    last_step: float
+    low: float
+    high: float
+
+
+def shared_axes(summaries: Sequence[Summary]) -> Axes:
+    """Chooses the axes of all figures of a report, so that they compare.
+
+    They are the article's where the longest run comes near its step axis
+    and nearly all points lie within its accuracies. Short runs get a step
+    axis of their own length, and every point is in view.
+
+    Args:
+        summaries: of all conditions, at least one.
+
+    Returns:
+        The `Axes`.
+    """
+    last_step = article.STEP_AXIS[1]
+    low, high = article.ACCURACY_AXIS
+    longest = max(int(summary.steps[-1]) for summary in summaries)
+    values = np.concatenate([summary.curve()[1] for summary in summaries])
+    inside = np.mean((values >= low) & (values <= high))
+    if longest < _LEAST_FILL_OF_STEP_AXIS * last_step:
+        last_step = 1.02 * longest  # keeps the last marker whole
+    elif inside >= _LEAST_SHARE_IN_VIEW:
+        return Axes(last_step, low, high)
+    lowest = np.floor(20 * values.min() - 0.5) / 20
+    highest = np.ceil(20 * values.max() + 0.5) / 20
+    return Axes(
+        last_step, max(0.0, min(low, lowest)), max(high, min(1.01, highest))
+    )
+
+
+def draw(
+    name: str,
+    summaries: Sequence[Summary | None],
+    limits: Axes,
+    published: bool,
+    curves: dict[int, np.ndarray] | None,
+) -> tuple[str, str]:
+    """Draws test accuracy over training steps for some conditions.
+
+    Args:
+        name: of the figure; makes the ids inside the SVG its own.
+        summaries: of the conditions drawn, at most three; None keeps the
+            colour of a condition that has no results yet.
+        limits: from `shared_axes`.
+        published: whether the article's values are drawn behind.
+        curves: the article's curves, or None for its table's points.
+
+    Returns:
+        The SVG for a white background, and a sentence that says which
+        points lie outside the axes, empty if none does.
+    """
+    looks = [
+        (summary, summary.curve(), color, dashes)
+        for summary, color, dashes in zip(summaries, _SERIES, _DASHES)
+        if summary is not None
+    ]
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.8, 3.9), layout="constrained")
+        figure.patch.set_visible(False)
+        axes = figure.add_subplot()
+        axes.patch.set_visible(False)
+        axes.grid(color=_GRID, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        article_in_view = False
+        for summary, _, color, _ in looks if published else ():
+            number = summary.condition.number
+            steps = _draw_published(axes, number, color, curves)
+            article_in_view |= any(step <= limits.last_step for step in steps)
+        for summary, (steps, mean, spread), color, dashes in looks:
+            seeds = len(summary.runs)
+            text = f"{label(summary.condition)}; {seeds} seed"
+            text += "s" * (seeds > 1)
+            if not summary.finished:
+                text += f", so far step {summary.steps[-1]:,}"
+            axes.plot(
+                steps,
+                mean,
+                color=color,
+                linestyle=dashes,
+                linewidth=1.6,
+                marker="o" if len(steps) <= 20 else None,
+                markersize=3.5,
+                label=text,
+                zorder=3,
+            )
+            if seeds > 1:
+                axes.fill_between(
+                    steps,
+                    mean - spread,
+                    mean + spread,
+                    color=color,
+                    alpha=0.18,
+                    linewidth=0,
+                    zorder=2,
+                )
+        if article_in_view:
+            axes.plot(
+                [],
+                [],
+                color=_INK,
+                alpha=0.6,
+                linewidth=0.8 if curves else 0,
+                marker=None if curves else "D",
+                markersize=4,
+                label="the article, same colours, faint",
+            )
+        axes.set_xlim(0, limits.last_step)
+        axes.set_ylim(limits.low, limits.high)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_major_locator(
+            matplotlib.ticker.MaxNLocator(5, integer=True)
+        )
+        axes.set_xlabel("training steps")
+        axes.set_ylabel("test accuracy")
+        figure.legend(
+            loc="outside lower left", frameon=False, handlelength=3
+        )
+        buffer = io.StringIO()
+        figure.savefig(
+            buffer,
+            format="svg",
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        )
+    # A hundredth of a point is finer than any screen.
+    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", buffer.getvalue())
+    return svg, _outside(looks, limits)
+
+
+def inline(svg: str, description: str) -> str:
+    """Makes an SVG part of a page: its colours variables, nothing to load.
+
+    Args:
+        svg: from `draw`.
+        description: what a reader who cannot see it is told; HTML-escaped.
+
+    Returns:
+        An `svg` element without width and height, to be sized by the page.
+    """
+    svg = svg[svg.index("<svg") :]
+    opening, rest = svg.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', opening).group()
+    for color, variable in _VARIABLES.items():
+        rest = rest.replace(color, variable)
+    # Groups are numbered alike in every figure; nothing refers to them.
+    rest = re.sub(r'<g id="[^"]*"', "<g", rest)
+    rest = re.sub(r"\n\s*", "\n", rest)
+    return f'<svg {box} role="img" aria-label="{description}">{rest}'
+
+
+def _draw_published(axes, number, color, curves) -> Sequence[float]:
+    """Returns the steps of what it drew."""
+    look = {"color": color, "alpha": 0.45, "zorder": 1}
+    if curves is None:
+        steps, accuracies = published_points(number)
+        look |= {"linewidth": 0, "marker": "D", "markersize": 4}
+    elif number in curves:
+        steps, accuracies = (smooth(column) for column in curves[number].T)
+        look |= {"linewidth": 0.8}
+    else:
+        return ()
+    axes.plot(steps, accuracies, **look)
+    return steps
+
+
+def _outside(looks, limits) -> str:
+    parts = []
+    for summary, (steps, mean, _), _, _ in looks:
+        hidden = (mean < limits.low) | (mean > limits.high)
+        hidden &= steps <= limits.last_step
+        if hidden.any():
+            parts.append(
+                f"condition {summary.condition.number}, {hidden.sum()} of "
+                f"{len(steps)} points ({mean[hidden].min():.3f} to "
+                f"{mean[hidden].max():.3f}, the last at step "
+                f"{steps[hidden][-1]:,.0f})"
+            )
+    if not parts:
+        return ""
+    return (
+        f"Out of view, below {limits.low:g} or above {limits.high:g}: "
+        f"{'; '.join(parts)}."
+    )

@@ -1,0 +1,353 @@
+"""The sections of the report's page, as HTML."""
+
+import html
+import shlex
+from collections.abc import Iterable
+from collections.abc import Sequence
+
+from experiments import article
+from experiments import report_figures
+from experiments import report_summaries
+from experiments import result_files
+from experiments.report_summaries import Contents
+
+# Settings in which a run can depart from the article, and the article's.
+_ARTICLE_SETTINGS = {
+    "input": "raw",
+    "shuffle": False,
+    "optimizer": "adam",
+    "optimizer_epsilon": article.ADAM_EPSILON,
+    "learning_rate": article.LEARNING_RATE,
+    "batch_size": article.BATCH_SIZE,
+}
+# A published step this near to ours, relative to ours, is the same to us.
+_MATCHING_STEPS = 0.05
+
+
+def page_sections(contents: Contents) -> tuple[dict[str, str], dict[str, str]]:
+    """Writes out every section of the page.
+
+    Returns:
+        Placeholder of the template -> HTML, and name of a figure -> SVG for
+        a file of its own.
+    """
+    limits = report_figures.shared_axes(list(contents.summaries.values()))
+    figures, files = _figures(contents, limits)
+    title = f"Batch normalization in the article's CNN on {contents.data}"
+    return {
+        "title": _escape(title),
+        "data": _escape(contents.data),
+        "introduction": _introduction(contents),
+        "accuracies": _accuracies(contents),
+        "figure_notes": _figure_notes(contents, limits),
+        "figures": figures,
+        "runs": _runs(contents),
+        "settings": _settings(contents),
+        "regenerate": _regenerate(contents),
+    }, files
+
+
+def _escape(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _paragraphs(sentences: Iterable[str], style: str = "") -> str:
+    style = f' class="{style}"' if style else ""
+    return "\n".join(f"<p{style}>{_escape(s)}</p>" for s in sentences if s)
+
+
+def _table(
+    caption: str,
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+) -> str:
+    head = "".join(f'<th scope="col">{_escape(h)}</th>' for h in headings)
+    body = "\n".join(
+        f'<tr><th scope="row">{_escape(row[0])}</th>'
+        + "".join(f"<td>{_escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="wide"><table><caption>{_escape(caption)}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>"
+        "</table></div>"
+    )
+
+
+def _introduction(contents) -> str:
+    runs = contents.runs
+    finished = sum(run.finished for run in runs)
+    sentences = [
+        f"{len(runs)} runs of {len({r.condition for r in runs})} of the "
+        f"article's {len(article.CONDITIONS)} conditions, {finished} of them "
+        "finished. Test accuracy is the share of all test images classified "
+        "rightly."
+    ]
+    if not contents.compared:
+        sentences.append(
+            f"These results were measured on {runs[0].facts['dataset']}, not "
+            "on the article's CIFAR-10. They are not compared with the "
+            "article, and its values are not shown."
+        )
+        return _paragraphs(sentences)
+    departures = [
+        f"{name.replace('_', ' ')} {result_files.describe(own)} (the "
+        f"article: {result_files.describe(published)})"
+        for name, published in _ARTICLE_SETTINGS.items()
+        if (own := runs[0].facts.get(name, published)) != published
+    ]
+    longest = max(run.facts["steps"] for run in runs)
+    if longest < article.STEPS:
+        departures.append(
+            f"{longest:,} steps (the article: {article.STEPS:,})"
+        )
+    if departures:
+        sentences.append(
+            f"Set otherwise than in the article: {'; '.join(departures)}."
+        )
+    return _paragraphs(sentences)
+
+
+def _seeds(summary) -> str:
+    text = str(len(summary.runs))
+    if not summary.finished:
+        return f"{text}, unfinished"
+    if summary.unfinished:
+        return f"{text} ({len(summary.unfinished)} more unfinished)"
+    return text
+
+
+def _beside(mean, step, published) -> list[str]:
+    """The article's accuracy, and ours less it where the steps match."""
+    if published is None:
+        return ["–", "–"]
+    accuracy, published_step = published
+    if abs(published_step - step) > _MATCHING_STEPS * step:
+        return [f"{accuracy:.4f} at step {published_step:,}", "–"]
+    return [f"{accuracy:.4f}", f"{mean - accuracy:+.4f}"]
+
+
+def _accuracies(contents) -> str:
+    headings = ["ID", "batch norm", "dropout", "test accuracy", "spread"]
+    caption = (
+        f"Measured on {contents.data}. ID: the article's number of the "
+        "condition. Test accuracy: mean over the seeds, of the last "
+        f"{article.SMOOTHING_POINTS} points of a run with at least "
+        f"{report_summaries.LEAST_POINTS_TO_SMOOTH} points, else of its last "
+        "point. Spread: standard deviation over the seeds (n - 1), none for "
+        "one seed."
+    )
+    if contents.compared:
+        headings += ["article", "difference"]
+        caption += (
+            " Article (one run of each condition): the mean of its 11 points "
+            "around the one nearest to our step"
+            if contents.curves is not None
+            else " Article (one run of each condition): interpolated linearly "
+            "at our step between the steps of its table, "
+            f"{', '.join(f'{s:,}' for s in article.PUBLISHED_STEPS)} (means "
+            f"of 11 points) and {article.STEPS:,} (mean of the last 10)"
+        )
+        caption += (
+            "; where that lies elsewhere its step is given, and no difference."
+        )
+    headings += ["at step", "seeds"]
+    rows = []
+    for number, summary in contents.summaries.items():
+        mean, spread = summary.final()
+        step = int(summary.steps[-1])
+        row = [
+            number,
+            summary.condition.batch_norm,
+            summary.condition.dropout,
+            f"{mean:.4f}",
+            "–" if spread is None else f"{spread:.4f}",
+        ]
+        if contents.compared:
+            row += _beside(
+                mean,
+                step,
+                report_summaries.published_at(number, step, contents.curves),
+            )
+        rows.append([*row, f"{step:,}", _seeds(summary)])
+    return _table(caption, headings, rows)
+
+
+def _figure_notes(contents, limits) -> str:
+    smoothed = [s.smoothed for s in contents.summaries.values()]
+    points = article.SMOOTHING_POINTS
+    least = report_summaries.LEAST_POINTS_TO_SMOOTH
+    sentences = [
+        "Lines are means over the seeds; bands reach one standard deviation "
+        "to either side."
+    ]
+    if all(smoothed):
+        sentences.append(f"Smoothed over {points} points, as in the article.")
+    elif any(smoothed):
+        sentences.append(
+            f"Conditions with at least {least} points are smoothed over "
+            f"{points}, as in the article; the others are drawn as measured."
+        )
+    else:
+        sentences.append(
+            f"With fewer than {least} points a run, nothing is smoothed."
+        )
+    if contents.curves is not None:
+        sentences.append(
+            "Faint: the article's own curves, one run each, smoothed alike "
+            f"over {points} points."
+        )
+    elif contents.compared:
+        sentences.append(
+            "Faint diamonds: the article's values, one run each, means of 11 "
+            "points; those beyond the step axis are not shown."
+        )
+        if article.PUBLISHED_STEPS[0] > limits.last_step:
+            sentences.append(
+                f"All are: the first stands at {article.PUBLISHED_STEPS[0]:,} "
+                "steps."
+            )
+    left_out = [
+        f"{count}, {name} ({', '.join(map(str, numbers))})"
+        for count, (name, numbers) in enumerate(article.FIGURES.items(), 1)
+        if not any(number in contents.summaries for number in numbers)
+    ]
+    if left_out:
+        sentences.append(
+            "Not drawn, for there are no results yet of its conditions: "
+            f"figure {'; '.join(left_out)}."
+        )
+    return _paragraphs([" ".join(sentences)])
+
+
+def _figures(contents, limits) -> tuple[str, dict[str, str]]:
+    """Returns the figures as HTML, and each as an SVG file's content."""
+    blocks, files = [], {}
+    for count, (name, numbers) in enumerate(article.FIGURES.items(), 1):
+        chosen = [contents.summaries.get(number) for number in numbers]
+        drawn = [summary for summary in chosen if summary]
+        if not drawn:
+            continue
+        listed = ", ".join(map(str, numbers))
+        title = f"Figure {count}, {name}: conditions {listed} on "
+        title += f"{contents.data}."
+        missing = [str(n) for n in numbers if n not in contents.summaries]
+        svg, outside = report_figures.draw(
+            name,
+            chosen,
+            limits,
+            contents.compared,
+            contents.curves,
+        )
+        files[name] = svg
+        ends = "; ".join(
+            f"condition {report_figures.label(s.condition)}, ends at "
+            f"{s.final()[0]:.3f}, step {s.steps[-1]:,}"
+            for s in drawn
+        )
+        description = f"{title} Test accuracy over training steps. {ends}."
+        notes = [title]
+        if missing:
+            notes.append(f"No results yet: {', '.join(missing)}.")
+        if outside:
+            notes.append(outside)
+        caption = f"<strong>{_escape(notes[0])}</strong> " + _escape(
+            " ".join(notes[1:])
+        )
+        blocks.append(
+            f"<figure>{report_figures.inline(svg, _escape(description))}"
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    return "\n".join(blocks), files
+
+
+def _runs(contents) -> str:
+    rows = []
+    for run in contents.runs:
+        seconds, speed = run.train_seconds, run.images_per_second
+        rows.append(
+            [
+                run.condition.number,
+                run.seed,
+                f"{run.accuracies[-1]:.4f}" if len(run.accuracies) else "–",
+                f"{run.last_step:,}",
+                "finished"
+                if run.finished
+                else f"unfinished, of {run.facts['steps']:,}",
+                "–" if seconds is None else f"{seconds:,.0f}",
+                "–" if speed is None else f"{speed:,.0f}",
+            ]
+        )
+    return _table(
+        f"Every run on {contents.data}. Training time leaves out evaluation; "
+        "images per second is the median over the stretches between "
+        "evaluations.",
+        (
+            "ID",
+            "seed",
+            "last test accuracy",
+            "at step",
+            "state",
+            "training, seconds",
+            "images per second",
+        ),
+        rows,
+    )
+
+
+def _settings(contents) -> str:
+    runs = contents.runs
+    facts = {"data": contents.data}
+    for name in result_files.SETTINGS + result_files.CIRCUMSTANCES:
+        if not name.startswith("dataset"):
+            facts[name.replace("_", " ")] = result_files.describe(
+                runs[0].facts.get(name)
+            )
+    rows = "\n".join(
+        f'<tr><th scope="row">{_escape(name)}</th><td>{_escape(value)}</td>'
+        "</tr>"
+        for name, value in facts.items()
+    )
+    notes = result_files.differing_circumstances(runs)
+    return (
+        '<div class="wide"><table class="settings"><caption>Settings, '
+        "hardware and software of the runs; as the first of them has them "
+        f"where a note below says that they differ.</caption>\n{rows}\n"
+        f"</table></div>\n{_paragraphs(notes, 'note')}"
+    )
+
+
+def _regenerate(contents) -> str:
+    facts = contents.runs[0].facts
+    train = ["python", "-m", "experiments.train"]
+    train += ["--condition=N", "--seed=N", "--output=RESULTS"]
+    for name in (
+        "dataset",
+        "steps",
+        "eval_every",
+        "batch_size",
+        "optimizer",
+        "learning_rate",
+        "input",
+        "layer",
+    ):
+        if name in facts:
+            train.append(f"--{name}={facts[name]}")
+    if facts.get("shuffle"):
+        train.append("--shuffle")
+    report = ["python", "-m", "experiments.report", "--results=RESULTS"]
+    if contents.curves is not None:
+        report.append("--published_curves=CSV")
+    backend = facts.get("backend")
+    prefix = f"KERAS_BACKEND={backend} " if backend else ""
+    commands = f"{prefix}{shlex.join(train)}\n{shlex.join(report)}"
+    return (
+        _paragraphs(
+            [
+                "From a clone of the repository at the revision above, with "
+                "RESULTS the folder of this report: each run, then the page."
+            ]
+        )
+        + f"\n<pre>{_escape(commands)}</pre>"
+    )

@@ -1,0 +1,42 @@
+"""The test matrix: one fresh environment per backend, and the linter.
+
+`nox` runs all of it; `nox -s "tests(backend='jax')"` one part;
+`nox -s "tests(backend='jax')" -- -m long` the tests that take minutes.
+"""
+
+import nox
+
+nox.options.error_on_missing_interpreters = True
+
+VERSIONS = ("--constraint", ".ci/constraints.txt")
+
+# What each backend's environment holds beside the package and its `test`
+# extra. The programs are tested on JAX and PyTorch without TensorFlow, so
+# their environments name the rest of the `experiments` extra.
+PROGRAMS = ["matplotlib", "scikit-learn", "tensorflow-datasets", "tqdm"]
+ENVIRONMENTS = {
+    "tensorflow": [".[experiments,tensorflow,test]", "tf-keras"],
+    "jax": [".[jax,test]", "flax", "array-record", *PROGRAMS],
+    "torch": [".[torch,test]", "array-record", *PROGRAMS],
+}
+
+
+@nox.session
+@nox.parametrize("backend", list(ENVIRONMENTS))
+def tests(session, backend):
+    """Runs the test suite on one backend."""
+    session.install(*VERSIONS, *ENVIRONMENTS[backend])
+    session.run(
+        "python",
+        "-m",
+        "pytest",
+        *session.posargs,
+        env={"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
+
+
+@nox.session
+def lint(session):
+    """Checks style and import order."""
+    session.install(*VERSIONS, "ruff")
+    session.run("ruff", "check", ".")

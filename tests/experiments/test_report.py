@@ -1,0 +1,379 @@
+"""The report says what the result files say, and refuses what it must."""
+
+import html.parser
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import ExperimentError
+from experiments import article
+from experiments import report
+from experiments import report_figures
+from experiments import report_summaries
+
+ROOT = Path(report.__file__).parents[1]
+FACTS = {
+    "steps": 400,
+    "eval_every": 100,
+    "batch_size": 128,
+    "optimizer": "adam",
+    "learning_rate": 1e-3,
+    "input": "raw",
+    "shuffle": False,
+    "layer": "keras_bn",
+    "dataset": "cifar10",
+    "dataset_version": "3.0.2",
+    "dataset_copy": "a test's copy",
+    "backend": "tensorflow",
+    "device": "CPU:0",
+    "packages": {"python": "3.12", "keras": "3.15"},
+    "revision": "abc123",
+}
+
+
+def write_run(
+    results, condition, seed, accuracies, every=100, lines=None, **facts
+):
+    """Writes one run's files, evaluated every `every` steps."""
+    folder = results / str(condition) / str(seed)
+    folder.mkdir(parents=True)
+    own = FACTS | {"condition": condition, "seed": seed} | facts
+    (folder / "run.json").write_text(json.dumps(own, indent=2))
+    metrics, timing = [], []
+    for count, accuracy in enumerate(accuracies, start=1):
+        step = {"step": every * count}
+        metrics.append(json.dumps(step | {"test_accuracy": accuracy}))
+        timing.append(
+            json.dumps(
+                step | {"train_seconds": 2.5, "images_per_second": 1234.0}
+            )
+        )
+    (folder / "metrics.jsonl").write_text(
+        "".join(line + "\n" for line in lines or metrics)
+    )
+    (folder / "timing.jsonl").write_text(
+        "".join(line + "\n" for line in timing)
+    )
+    return folder
+
+
+class _Page(html.parser.HTMLParser):
+    """Collects a page's table rows, attributes, styles and images."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.attributes, self.tags = [], [], []
+        self.captions, self._in = [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attributes]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        self._in = tag
+
+    def handle_endtag(self, tag):
+        self._in = None
+
+    def handle_data(self, text):
+        if self._in in ("td", "th"):
+            self.tables[-1][-1][-1] += text
+        elif self._in == "caption":
+            self.captions.append(text)
+
+
+def accuracy_rows(page):
+    """Rows of the table of final accuracies: ID -> heading -> cell."""
+    headings, *rows = _Page(page).tables[0]
+    return {int(row[0]): dict(zip(headings, row)) for row in rows}
+
+
+def run_program(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.report", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_mean_and_spread_over_seeds(tmp_path):
+    ends = [0.512, 0.547, 0.596]
+    for seed, end in enumerate(ends):
+        write_run(tmp_path, 9, seed, [0.1, 0.2, 0.3, end])
+    write_run(tmp_path, 0, 0, [0.1, 0.2, 0.3, 0.4321])
+    path = report.write_report(tmp_path)
+    assert path == tmp_path / "report.html"
+    rows = accuracy_rows(path.read_text())
+    assert list(rows) == [0, 9]
+    assert rows[9]["test accuracy"] == f"{statistics.mean(ends):.4f}"
+    assert rows[9]["spread"] == f"{statistics.stdev(ends):.4f}"
+    assert rows[9]["seeds"] == "3"
+    assert rows[9]["at step"] == "400"
+    assert rows[9]["batch norm"] == "both"
+    assert rows[0]["test accuracy"] == "0.4321"
+    assert rows[0]["spread"] == "–"
+
+
+def test_long_runs_end_with_the_mean_of_ten_points(tmp_path):
+    accuracies = [0.5 + 0.001 * (count % 7) for count in range(120)]
+    write_run(tmp_path, 2, 0, accuracies, steps=12_000)
+    rows = accuracy_rows(report.write_report(tmp_path).read_text())
+    expected = statistics.mean(accuracies[-10:])
+    assert rows[2]["test accuracy"] == f"{expected:.4f}"
+    # 12,000 steps: a fifth of the way from 10,000 to 20,000.
+    published = 0.571 + (0.581 - 0.571) / 5
+    assert rows[2]["article"] == f"{published:.4f}"
+    assert rows[2]["difference"] == f"{expected - published:+.4f}"
+
+
+def test_published_values_before_the_first_step_give_their_step(tmp_path):
+    write_run(tmp_path, 11, 0, [0.2, 0.3, 0.4, 0.5])
+    rows = accuracy_rows(report.write_report(tmp_path).read_text())
+    assert rows[11]["article"] == "0.6220 at step 2,000"
+    assert rows[11]["difference"] == "–"
+
+
+def test_published_curves_are_averaged_around_our_step(tmp_path):
+    curve = tmp_path / "curves.csv"
+    points = [(100 * k, 0.4 + 0.01 * (k % 5)) for k in range(1, 41)]
+    curve.write_text(
+        "condition,batch_norm,dropout,step,test_accuracy\n"
+        + "".join(f"0,none,0.0,{s},{a}\n" for s, a in points)
+    )
+    results = tmp_path / "results"
+    write_run(results, 0, 0, [0.5] * 20, steps=2_000)
+    page = report.write_report(results, curve).read_text()
+    around = [a for s, a in points if 1_500 <= s <= 2_500]
+    assert len(around) == 11
+    expected = f"{statistics.mean(around):.4f}"
+    assert accuracy_rows(page)[0]["article"] == expected
+
+
+def test_seeds_are_averaged_where_all_were_evaluated(tmp_path):
+    write_run(tmp_path, 3, 0, [0.41, 0.42, 0.43])
+    write_run(tmp_path, 3, 1, [0.51, 0.52])
+    row = accuracy_rows(report.write_report(tmp_path).read_text())[3]
+    assert row["at step"] == "200"
+    assert row["test accuracy"] == f"{(0.42 + 0.52) / 2:.4f}"
+    assert row["seeds"] == "2, unfinished"
+
+
+def test_unfinished_runs_do_not_blur_finished_ones(tmp_path):
+    write_run(tmp_path, 3, 0, [0.41, 0.42, 0.43, 0.44])
+    write_run(tmp_path, 3, 1, [0.91, 0.92])
+    write_run(tmp_path, 4, 0, [])
+    page = report.write_report(tmp_path).read_text()
+    rows = accuracy_rows(page)
+    assert rows[3]["test accuracy"] == "0.4400"
+    assert rows[3]["seeds"] == "1 (1 more unfinished)"
+    assert 4 not in rows
+    states = [row[4] for row in _Page(page).tables[1][1:]]
+    assert states == ["finished"] + ["unfinished, of 400"] * 2
+
+
+def test_digits_are_never_compared_with_the_article(tmp_path):
+    digits = {"dataset": "digits", "dataset_version": "1.7"}
+    for name, facts in (("cifar10", {}), ("digits", digits)):
+        write_run(
+            tmp_path / name, 2, 0, [0.5] * 30, steps=3_000, **facts
+        )
+    curve = tmp_path / "curves.csv"
+    curve.write_text("condition,step,test_accuracy\n2,1000,0.5\n")
+    compared = report.write_report(tmp_path / "cifar10").read_text()
+    alone = report.write_report(tmp_path / "digits", curve).read_text()
+    assert "the article, same colours" in compared
+    assert "article" in accuracy_rows(compared)[2]
+    assert "the article, same colours" not in alone
+    assert "article" not in accuracy_rows(alone)[2]
+    assert "They are not compared with the article" in alone
+    figure = (tmp_path / "digits/figures/dropout_only.svg").read_text()
+    assert "the article" not in figure
+
+
+def test_dataset_and_copy_are_in_every_title(tmp_path):
+    write_run(tmp_path, 2, 0, [0.5] * 4)
+    page = report.write_report(tmp_path).read_text()
+    titles = re.findall(r"<(title|h1|strong|caption)>(.*?)</\1>", page)
+    assert len(titles) >= 6
+    for tag, title in titles:
+        if not title.startswith("Settings"):
+            assert "CIFAR-10 3.0.2 (a test&#x27;s copy)" in title, (tag, title)
+
+
+def test_page_loads_nothing_and_describes_its_figures(tmp_path):
+    for number in range(12):
+        write_run(tmp_path, number, 0, [0.2, 0.3, 0.4, 0.5])
+    text = report.write_report(tmp_path).read_text()
+    page = _Page(text)
+    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "data"):
+            assert value.startswith("#"), (tag, name, value)
+    assert "@import" not in text
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert "http:" not in text and "https:" not in text
+    labels = [
+        value
+        for tag, name, value in page.attributes
+        if (tag, name) == ("svg", "aria-label")
+    ]
+    assert len(labels) == len(article.FIGURES) == page.tags.count("svg")
+    assert all("Test accuracy" in label for label in labels)
+    assert page.tags.count("caption") == page.tags.count("table") == 3
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_figures_of_conditions_without_results_are_named(tmp_path):
+    write_run(tmp_path, 9, 0, [0.2, 0.3, 0.4, 0.5])
+    page = report.write_report(tmp_path).read_text()
+    assert page.count("<svg") == 2  # batch_norm and batch_norm_both
+    assert "figure 1, dropout_only (0, 1, 2); 2, best (2, 11)" in page
+
+
+def test_axes_are_the_articles_where_the_data_fills_them():
+    def summary(steps, accuracies):
+        return report_summaries.Summary(
+            condition=article.CONDITIONS[0],
+            runs=(),
+            unfinished=(),
+            steps=steps,
+            accuracies=accuracies,
+        )
+
+    steps = np.arange(156, 156_001, 156)
+    long = summary(steps, np.full((1, len(steps)), 0.6))
+    assert report_figures.shared_axes([long]) == (150_000, 0.4, 0.8)
+    short = summary(np.arange(100, 900, 100), np.full((1, 8), 0.23))
+    axes = report_figures.shared_axes([short])
+    assert 800 <= axes.last_step < 900
+    assert axes.low < 0.23 and axes.high == 0.8
+
+
+def test_points_out_of_view_are_told(tmp_path):
+    accuracies = [0.1] * 40 + [0.7] * 960
+    write_run(tmp_path, 1, 0, accuracies, 156, steps=156_000, eval_every=156)
+    page = report.write_report(tmp_path).read_text()
+    # Means of ten are below 0.4 with more than five low ones among them: from
+    # the first ten to the 35th to 44th.
+    assert "condition 1, 35 of 991 points (0.100 to 0.340," in page
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("dataset", "digits", "cifar10"),
+        ("input", "standardized", "raw"),
+        ("shuffle", True, "no"),
+        ("optimizer", "sgd", "adam"),
+        ("learning_rate", 0.01, "0.001"),
+        ("batch_size", 64, "128"),
+        ("layer", "keras", "keras_bn"),
+        ("backend", "jax", "tensorflow"),
+        ("dataset_copy", "PNG", "a test's copy"),
+    ],
+)
+def test_different_settings_are_refused(tmp_path, name, value, shown):
+    write_run(tmp_path, 0, 0, [0.5] * 4)
+    write_run(tmp_path, 9, 1, [0.5] * 4, **{name: value})
+    with pytest.raises(ExperimentError) as caught:
+        report.write_report(tmp_path)
+    message = str(caught.value)
+    other = "yes" if value is True else str(value)
+    assert f"differ in {name}: {shown} in 0/0, {other} in 9/1" in message
+    assert "\n" not in message
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_other_packages_are_noted(tmp_path):
+    write_run(tmp_path, 0, 0, [0.5] * 4)
+    write_run(tmp_path, 9, 0, [0.5] * 4, packages={"keras": "3.14"})
+    page = report.write_report(tmp_path).read_text()
+    versions = "python 3.12, keras 3.15; keras 3.14"
+    assert f"The runs differ in packages: {versions}" in page
+    assert "differ in device" not in page
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ('{"step": 200, "test_acc', "not JSON"),
+        ('{"step": 200}', "test_accuracy is not a number"),
+        ('{"step": 200, "test_accuracy": NaN}', "not a number"),
+        ('{"step": 50, "test_accuracy": 0.5}', "step 50 after 100"),
+        ("[1]", "not a JSON object"),
+    ],
+)
+def test_damaged_lines_are_named(tmp_path, bad, reason):
+    good = '{"step": 100, "test_accuracy": 0.5}'
+    write_run(tmp_path, 0, 0, [], lines=[good, bad])
+    with pytest.raises(ExperimentError, match=reason) as caught:
+        report.write_report(tmp_path)
+    assert "metrics.jsonl, line 2: " in str(caught.value)
+
+
+def test_a_failed_report_leaves_the_earlier_one(tmp_path, monkeypatch):
+    write_run(tmp_path, 0, 0, [0.5] * 4)
+    path = report.write_report(tmp_path)
+    before = path.read_bytes()
+    write_run(tmp_path, 1, 0, [0.5] * 4)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(ExperimentError, match="No space left"):
+        report.write_report(tmp_path)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob("**/.*"))
+
+
+def test_program_reports_and_fails_in_one_line(tmp_path):
+    results = tmp_path / "results"
+    write_run(results, 0, 0, [0.5] * 4)
+    done = run_program(f"--results={results}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"wrote {results / 'report.html'}\n"
+    (results / "0/0/run.json").write_text("{\n  half")
+    for flags, words in (
+        ([f"--results={results}"], "run.json, line 2: not JSON"),
+        ([f"--results={tmp_path / 'absent'}"], "does not exist"),
+        ([f"--results={results / '0'}"], "no results in"),
+    ):
+        failed = run_program(*flags)
+        assert failed.returncode == 1
+        assert words in failed.stderr
+        assert failed.stderr.count("\n") == 1
+
+
+def test_unwritable_output_is_one_error(tmp_path):
+    write_run(tmp_path, 0, 0, [0.5] * 4)
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(ExperimentError, match="cannot write"):
+        report.write_report(tmp_path)
+
+
+def test_curves_that_are_none_are_refused(tmp_path):
+    write_run(tmp_path / "results", 2, 0, [0.5] * 4)
+    curve = tmp_path / "curves.csv"
+    for text, words in (
+        ("a,b\n1,2\n", "line 2: not a row"),
+        ("condition,step,test_accuracy\n0,x,0.5\n", "line 2: not a row"),
+        ("", "has no rows"),
+    ):
+        curve.write_text(text)
+        with pytest.raises(ExperimentError, match=words):
+            report.write_report(tmp_path / "results", curve)
+    with pytest.raises(ExperimentError, match="cannot read"):
+        report.write_report(tmp_path / "results", tmp_path / "absent.csv")
