@@ -12,11 +12,11 @@ The difference in the second line loses digits only where the shift is several
 deviations away from the mean. The result itself tells when that happened, and
 then a second pass is made with the first one's mean as the shift.
 
-How the sums are laid out. `_paired_sums` adds up a few far-apart slices of
-the inputs element by element, both sums in one loop over memory, and leaves
-the small result to ordinary reductions. XLA compiles a reduction over a short
-leading dimension to a vectorized loop, and the two levels of summation keep
-the rounding error of long sums low.
+How the sums are laid out. `_paired_sums` adds up a few slices of the inputs
+element by element, both sums in one loop over memory, and leaves the small
+result to ordinary reductions. XLA compiles a reduction of a short dimension to
+a vectorized loop, and the two levels of summation keep the rounding error of
+long sums low.
 """
 
 import functools
@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Into how many slices `_paired_sums` may cut; few enough to be unrolled.
 _SLICES = range(4, 17)
 _SHIFT_SAMPLES = 16
 # A shift `k` deviations off costs a factor `1 + k**2` in the error of the
@@ -45,7 +46,7 @@ def batch_moments(inputs, *, axis, mask=None, synchronized=False):
 
     Returns:
         `(mean, variance, count)`, float32, or float64 for float64 inputs;
-        `mean` and `variance` of shape `(channels,)`, `count` a scalar, or of
+        `mean` and `variance` of shape `(channels,)`, `count` an int, or of
         shape `(channels,)` under a mask. No gradient flows through them.
     """
     _refuse_synchronized(synchronized)
@@ -84,9 +85,18 @@ def normalize_batch(
     _refuse_synchronized(synchronized)
     if moments is None:
         moments = batch_moments(inputs, axis=axis, mask=mask)
-    mean, variance, count = map(lax.stop_gradient, moments)
+    mean, variance = map(lax.stop_gradient, moments[:2])
+    count = moments[2]
     outputs = _normalize_batch(
-        inputs, gamma, beta, mean, variance, count, mask, axis, epsilon
+        inputs,
+        gamma,
+        beta,
+        mean,
+        variance,
+        jnp.asarray(count, mean.dtype),
+        mask,
+        axis,
+        epsilon,
     )
     return outputs, mean, variance, count
 
@@ -154,15 +164,16 @@ def _reduced(inputs, axis):
 
 
 def _count(inputs, mask, axis):
-    """How many positions enter: a scalar, or `(channels,)` under a mask."""
-    dtype = _moments_dtype(inputs)
+    """How many positions enter: an int, or `(channels,)` under a mask."""
     reduced = _reduced(inputs, axis)
     if mask is None:
-        return jnp.asarray(math.prod(inputs.shape[i] for i in reduced), dtype)
+        return math.prod(inputs.shape[i] for i in reduced)
     repeats = math.prod(
         inputs.shape[i] for i in reduced if mask.shape[i] != inputs.shape[i]
     )
-    count = jnp.sum(mask, reduced, dtype=jnp.int32).astype(dtype) * repeats
+    count = jnp.sum(mask, reduced, dtype=jnp.int32).astype(
+        _moments_dtype(inputs)
+    ) * repeats
     return jnp.broadcast_to(count, (inputs.shape[axis],))
 
 
@@ -190,13 +201,13 @@ def _moments(inputs, count, mask, axis):
     shift_is_far &= jnp.abs(offset) > rounding
     return lax.cond(
         jnp.any(shift_is_far),
-        lambda: around(_finite_or_zero(mean))[:2],
+        lambda: around(jnp.where(jnp.isfinite(mean), mean, 0))[:2],
         lambda: (mean, variance),
     )
 
 
 def _shift(inputs, mask, axis):
-    """Mean of a few elements of each channel, spread over the batch."""
+    """Mean of a few elements of each channel, or 0 where that is as good."""
     wanted = _SHIFT_SAMPLES
     picked = [slice(None)] * inputs.ndim
     for i in _reduced(inputs, axis):
@@ -207,17 +218,18 @@ def _shift(inputs, mask, axis):
         picked[i] = slice(start, start + (taken - 1) * step + 1, step)
         wanted = math.ceil(wanted / taken)
     sample = inputs[tuple(picked)].astype(_moments_dtype(inputs))
-    if mask is None:
-        return _finite_or_zero(jnp.mean(sample, _reduced(inputs, axis)))
-    entered = jnp.broadcast_to(mask, inputs.shape)[tuple(picked)]
-    count = jnp.sum(entered, _reduced(inputs, axis), dtype=sample.dtype)
-    total = jnp.sum(jnp.where(entered, sample, 0), _reduced(inputs, axis))
-    return _finite_or_zero(total / jnp.maximum(count, 1))
+    entered = jnp.broadcast_to(True if mask is None else mask, inputs.shape)
+    entered = entered[tuple(picked)]
+    reduced = _reduced(inputs, axis)
+    divisor = jnp.maximum(jnp.sum(entered, reduced, dtype=sample.dtype), 1)
 
+    def average(values):
+        return jnp.sum(jnp.where(entered, values, 0), reduced) / divisor
 
-def _finite_or_zero(shift):
-    # Shifted by an infinity, an infinite channel would get a NaN mean.
-    return jnp.where(jnp.isfinite(shift), shift, 0)
+    center = average(sample)
+    spread = average(jnp.abs(_deviation(sample, center, axis)))
+    # Centered data is summed best as it is, and so is what is not finite.
+    return jnp.where(jnp.abs(center) > spread, center, 0)
 
 
 def _paired_sums(first, second, axis):
@@ -241,17 +253,18 @@ def _paired_sums(first, second, axis):
     length = grouped[cut]
     slices = min(_SLICES, key=lambda k: (length % k, abs(k - 8)))
     even = length - length % slices
-    pair = [x.reshape(grouped) for x in (first, second)]
-    body = [lax.slice_in_dim(x, 0, even, axis=cut) for x in pair]
-    # Adjacent rows are added up along the first, so that it stays sharded.
+    # Of the first dimension adjacent rows are added up, so that it stays
+    # sharded; of another one, distant slices, to have long inner loops.
     pieces = [even // slices, slices] if cut == 0 else [slices, even // slices]
     split = grouped[:cut] + pieces + grouped[cut + 1 :]
+    pair = [x.reshape(grouped) for x in (first, second)]
+    body = [lax.slice_in_dim(x, 0, even, axis=cut) for x in pair]
     zero = jnp.zeros((), first.dtype)
     body = lax.reduce(
         [x.reshape(split) for x in body],
         [zero, zero],
         lambda x, y: [x[0] + y[0], x[1] + y[1]],
-        [cut + pieces.index(slices)],
+        [1 if cut == 0 else cut],
     )
     sums = [jnp.sum(x, (0, 1, 3)) for x in body]
     if even < length:

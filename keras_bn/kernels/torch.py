@@ -25,7 +25,8 @@ _BLOCK = 2**20
 # Channels at which the native kernels are fastest: enough of them for vector
 # instructions, few enough for the nearest cache.
 _WIDTH = 512
-# Rows added one after the other without harm.
+# Rows added one after the other without any harm; with little, eight times as
+# many.
 _FEW = 1024
 # Far is where mean^2 > _FAR * variance: five bits would be lost.
 _FAR = 2.0**10
@@ -38,7 +39,7 @@ def batch_moments(inputs, *, axis, mask=None, synchronized=False):
     Returns:
         `(mean, variance, count)`: `mean` and `variance` of shape
         `(channels,)`, float64 for float64 inputs and float32 otherwise;
-        `count` of their dtype, a scalar or, under a mask, `(channels,)`.
+        `count` an int or, under a mask, `(channels,)` of their dtype.
         They carry no gradient.
     """
     _refuse_synchronized(synchronized)
@@ -113,8 +114,8 @@ class _Normalize(torch.autograd.Function):
         epsilon,
         far,
     ):
-        ctx.save_for_backward(inputs, gamma, mean, variance, count, mask)
-        ctx.axis, ctx.epsilon, ctx.far = axis, epsilon, far
+        ctx.save_for_backward(inputs, gamma, mean, variance, mask)
+        ctx.count, ctx.axis, ctx.epsilon, ctx.far = count, axis, epsilon, far
         vectors = gamma, beta, mean, variance
         if not _is_eager_on_cpu(inputs):
             return _plain_outputs(inputs, *vectors, axis, epsilon)
@@ -126,8 +127,8 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, output_gradient):
-        inputs, gamma, mean, variance, count, mask = ctx.saved_tensors
-        vectors = gamma, mean, variance, count
+        inputs, gamma, mean, variance, mask = ctx.saved_tensors
+        vectors = gamma, mean, variance, ctx.count
         if (
             torch.is_grad_enabled()
             or not _is_eager_on_cpu(inputs)
@@ -145,7 +146,7 @@ class _Normalize(torch.autograd.Function):
                 dx, *rest = _masked_gradients(
                     dy, x, *vectors, keep, ctx.epsilon
                 )
-            elif count is not None and x.dim() == 2 and len(x) > _FEW:
+            elif _adds_naively(x, mean.dtype):
                 dx, *rest = _grouped_gradients(
                     dy, x, *vectors, ctx.epsilon, ctx.far
                 )
@@ -172,7 +173,7 @@ def _moments(inputs, axis, mask):
     dtype = _moments_dtype(x.dtype)
     if mask is None:
         mean, variance = _merged_moments(x, dtype)
-        count = mean.new_full((), x.numel() // x.shape[1])
+        count = x.numel() // x.shape[1]
         far = _is_far(mean, variance)
         if far:
             mean, variance = _moments_about(mean, x, None, count)
@@ -183,7 +184,7 @@ def _moments(inputs, axis, mask):
             torch.where(kept, block, 0).sum(_reduced(x), dtype=dtype)
             for block, kept in _blocks(x, keep)
         )
-        mean = total / count.clamp(min=1)
+        mean = total / _divisor(count)
         mean, variance = _moments_about(mean, x, keep, count)
         far = _is_far(mean, variance)
     return mean, variance, count, far
@@ -238,7 +239,7 @@ def _moments_about(center, x, keep, count):
             deviation.masked_fill_(~kept[0], 0.0)
         first = first + deviation.sum(_reduced(x))
         second = second + deviation.square_().sum(_reduced(x))
-    divisor = count.clamp(min=1)
+    divisor = _divisor(count)
     offset = first / divisor
     variance = second / divisor - offset.square()
     return center + offset, variance.clamp_(min=0)
@@ -286,6 +287,15 @@ def _native_gradients(dy, x, gamma, mean, variance, count, epsilon):
     )
 
 
+def _adds_naively(x, dtype):
+    """Whether the native gradients add so many terms one by one that it shows.
+
+    Where `x` is shorter than `dtype` the rounding of the terms hides it, and
+    with an `inner` dimension the kernel adds in float64.
+    """
+    return x.dim() == 2 and x.shape[0] > _FEW and x.dtype == dtype
+
+
 def _grouped_gradients(dy, x, gamma, mean, variance, count, epsilon, far):
     """The native gradients, with sums over groups of positions."""
     channels = x.shape[1]
@@ -309,9 +319,12 @@ def _grouped_gradients(dy, x, gamma, mean, variance, count, epsilon, far):
     gamma_gradient = torch.cat(products).view(-1, channels).sum(0)
     beta_gradient = torch.cat(plains).view(-1, channels).sum(0)
 
-    # dx = factor * dy + slope * (x - mean) + shift
     inverse = (variance + epsilon).rsqrt_()
     factor = inverse if gamma is None else gamma * inverse
+    if count is None:
+        return dy * factor, gamma_gradient, beta_gradient
+
+    # dx = factor * dy + slope * (x - mean) + shift
     share = factor / -count
     slope = share * inverse * gamma_gradient
     shift = share * beta_gradient
@@ -321,18 +334,15 @@ def _grouped_gradients(dy, x, gamma, mean, variance, count, epsilon, far):
     for block, dy_block, into in _blocks(x, dy, dx):
         if far:
             block = block - mean
-        if x.dtype == mean.dtype:
-            torch.addcmul(shift, block, slope, out=into)
-            into.addcmul_(dy_block, factor)
-        else:
-            result = torch.addcmul(shift, block, slope)
-            into.copy_(result.addcmul_(dy_block, factor))
+        torch.addcmul(shift, block, slope, out=into)
+        into.addcmul_(dy_block, factor)
     return dx, gamma_gradient, beta_gradient
 
 
 def _masked_gradients(dy, x, gamma, mean, variance, count, keep, epsilon):
     """Gradients where only the kept positions entered the moments."""
-    mean, inverse = _column(mean, x), _column(_factor(None, variance, epsilon), x)
+    mean = _column(mean, x)
+    inverse = _column((variance + epsilon).rsqrt_(), x)
     gamma_gradient, beta_gradient = 0.0, 0.0
     for dy_block, block, kept in _blocks(dy, x, keep):
         normalized = _normalized(block, mean, inverse, kept)
@@ -342,7 +352,7 @@ def _masked_gradients(dy, x, gamma, mean, variance, count, keep, epsilon):
         beta_gradient = beta_gradient + dy_block.sum(
             _reduced(x), dtype=mean.dtype
         )
-    divisor = count.clamp(min=1)
+    divisor = _divisor(count)
     slope = _column(gamma_gradient / divisor, x)
     shift = _column(beta_gradient / divisor, x)
     factor = _column(_factor(gamma, variance, epsilon), x)
@@ -364,11 +374,11 @@ def _plain_moments(inputs, axis, mask):
     reduced = [i for i in range(inputs.dim()) if i != axis]
     x = inputs.to(dtype)
     if mask is None:
-        count = x.new_full((), x.numel() // max(x.shape[axis], 1))
+        count = x.numel() // max(x.shape[axis], 1)
     else:
         count = mask.expand_as(x).sum(reduced).to(dtype)
         x = torch.where(mask, x, 0.0)
-    divisor = count.clamp(min=1)
+    divisor = _divisor(count)
     mean = x.sum(reduced) / divisor
     deviation = x - _along(axis, mean, x)
     if mask is not None:
@@ -402,7 +412,7 @@ def _plain_gradients(
     gamma_gradient = (dy * normalized).sum(reduced)
     beta_gradient = dy.sum(reduced)
     if count is not None:
-        divisor = count.clamp(min=1)
+        divisor = _divisor(count)
         through_moments = _along(
             axis, beta_gradient / divisor, inputs
         ) + normalized * _along(axis, gamma_gradient / divisor, inputs)
@@ -433,6 +443,10 @@ def _normalized(x, mean, inverse, keep):
 def _factor(gamma, variance, epsilon):
     inverse = (variance + epsilon).rsqrt()
     return inverse if gamma is None else gamma * inverse
+
+
+def _divisor(count):
+    return max(count, 1) if isinstance(count, int) else count.clamp(min=1)
 
 
 def _moments_dtype(dtype):
@@ -516,6 +530,6 @@ def _grouped_rows(x):
     groups = max(1, min(_WIDTH // channels, outer // _FEW))
     even = outer - outer % groups
     width = groups * channels
-    yield from x[:even].view(-1, width).split(max(1, _BLOCK // width))
+    yield from x[:even].view(-1, width).split(8 * _FEW)
     if even < outer:
         yield x[even:]
