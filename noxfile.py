@@ -13,11 +13,19 @@ VERSIONS = ("--constraint", ".ci/constraints.txt")
 # What each backend's environment holds beside the package and its `test`
 # extra. The programs are tested on JAX and PyTorch without TensorFlow, so
 # their environments name the rest of the `experiments` extra.
-PROGRAMS = ["matplotlib", "scikit-learn", "tensorflow-datasets", "tqdm"]
+PROGRAMS = [
+    "array-record",
+    "matplotlib",
+    "pillow",
+    "rich",
+    "scikit-learn",
+    "tensorflow-datasets",
+    "tqdm",
+]
 ENVIRONMENTS = {
     "tensorflow": [".[experiments,tensorflow,test]", "tf-keras"],
-    "jax": [".[jax,test]", "flax", "array-record", *PROGRAMS],
-    "torch": [".[torch,test]", "array-record", *PROGRAMS],
+    "jax": [".[jax,test]", "flax", *PROGRAMS],
+    "torch": [".[torch,test]", *PROGRAMS],
 }
 
 

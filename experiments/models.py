@@ -1,0 +1,102 @@
+"""The article's convolutional network, built from a `Condition`."""
+
+import keras
+import numpy as np
+from keras import layers
+
+from experiments import ExperimentError
+from experiments import article
+
+LAYERS = ("keras_bn", "keras")
+
+
+def build(
+    condition: article.Condition,
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+    classes: int = 10,
+    layer: str = "keras_bn",
+    seed: int = 0,
+) -> keras.Model:
+    """Builds the network of one condition.
+
+    Two 5x5 convolutions (32 and 64 filters) with 2x2 max pooling, a dense
+    layer of 1024 units, and the logits. Batch normalization stands after the
+    activation. Kernels start Glorot uniform and biases at zero, as in
+    TensorFlow 1's ``tf.layers``. The initial kernels depend on `seed` alone,
+    so the conditions, and both choices of `layer`, start from the same ones.
+
+    Args:
+        condition: which of the 12 networks.
+        input_shape: (height, width, channels) of an image.
+        classes: number of logits.
+        layer: the batch normalization layer: "keras_bn" for
+            `keras_bn.BatchNormalization`, "keras" for Keras's own.
+        seed: int of at least 0, of the initial kernels and of dropout.
+
+    Returns:
+        A model from float32 (batch, *input_shape) to float32 logits
+        (batch, classes); not compiled.
+
+    Raises:
+        ExperimentError: `layer` is not one of `LAYERS`.
+    """
+    batch_normalization = _batch_normalization(layer)
+    # A stream for each layer that draws random numbers. 31 bits: on PyTorch
+    # Keras keeps a seed as int32.
+    state = np.random.SeedSequence(seed).generate_state(5)
+    seeds = (int(word) >> 1 for word in state)
+
+    def kernel():
+        return keras.initializers.GlorotUniform(seed=next(seeds))
+
+    def normalize(name):
+        return batch_normalization(
+            momentum=article.MOMENTUM,
+            epsilon=article.BATCH_NORM_EPSILON,
+            name=name,
+        )
+
+    model = keras.Sequential(name=f"condition_{condition.number}")
+    model.add(keras.Input(input_shape))
+    for number, filters in ((1, 32), (2, 64)):
+        model.add(
+            layers.Conv2D(
+                filters,
+                5,
+                padding="same",
+                activation="relu",
+                kernel_initializer=kernel(),
+                name=f"conv{number}",
+            )
+        )
+        if condition.batch_norm in ("conv", "both"):
+            model.add(normalize(f"batch_norm_conv{number}"))
+        model.add(layers.MaxPooling2D(2, name=f"pool{number}"))
+    model.add(layers.Flatten(name="flatten"))
+    model.add(
+        layers.Dense(
+            1024, activation="relu", kernel_initializer=kernel(), name="dense"
+        )
+    )
+    if condition.batch_norm in ("dense", "both"):
+        model.add(normalize("batch_norm_dense"))
+    logits = layers.Dense(classes, kernel_initializer=kernel(), name="logits")
+    if condition.dropout:
+        model.add(
+            layers.Dropout(condition.dropout, seed=next(seeds), name="dropout")
+        )
+    model.add(logits)
+    return model
+
+
+def _batch_normalization(layer):
+    if layer == "keras":
+        return layers.BatchNormalization
+    if layer == "keras_bn":
+        # Where keras_bn is not asked for, it need not be importable.
+        from keras_bn import BatchNormalization
+
+        return BatchNormalization
+    raise ExperimentError(
+        f"layer is one of {', '.join(LAYERS)}. Received: layer={layer!r}"
+    )

@@ -1,0 +1,193 @@
+"""Trains the article's conditions, as many as asked for, and reports on them.
+
+    python -m experiments.reproduce                     two conditions, minutes
+    python -m experiments.reproduce --preset=article    all 12, days on a CPU
+
+A finished run is not trained again and an interrupted one goes on, so the
+same command can be given until all is done. The report is written at the end.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import tqdm
+from absl import flags
+
+from experiments import ExperimentError
+from experiments import article
+from experiments import data
+from experiments import launch
+from experiments import report
+from experiments import train
+
+PRESETS = {
+    # Condition 11, the article's best, and the same without batch
+    # normalization: long enough for the moving averages to have settled.
+    "quick": {"conditions": (2, 11), "steps": 600, "eval_every": 100},
+    # 1,000 evaluations, as many points as the article has.
+    "article": {
+        "conditions": tuple(range(len(article.CONDITIONS))),
+        "steps": article.STEPS,
+        "eval_every": 156,
+    },
+}
+
+
+def grid(
+    conditions: Sequence[int], seeds: int, **settings
+) -> list[train.Settings]:
+    """Returns the settings of every run of a grid.
+
+    Args:
+        conditions: the article's numbers.
+        seeds: number of seeds; they are 0 to `seeds` - 1.
+        **settings: other attributes of `train.Settings`, common to all.
+
+    Raises:
+        ExperimentError: a value is out of its range, or there is no run.
+    """
+    if seeds < 1:
+        raise ExperimentError(
+            f"seeds is a number of at least 1. Received: seeds={seeds}"
+        )
+    if not conditions:
+        raise ExperimentError("give conditions, such as --conditions=2,11")
+    return [
+        train.Settings(condition=condition, seed=seed, **settings)
+        for seed in range(seeds)
+        for condition in sorted(set(conditions))
+    ]
+
+
+def run(
+    runs: Sequence[train.Settings],
+    dataset: data.Dataset,
+    output: Path | str,
+) -> dict[int, list[float]]:
+    """Trains what is left to do of a grid.
+
+    Args:
+        runs: what `grid` returns.
+        dataset: what to train on.
+        output: folder of all results.
+
+    Returns:
+        Condition number -> final test accuracy (0 to 1) of each seed.
+
+    Raises:
+        ExperimentError: as `train.run`.
+        KeyboardInterrupt: as `train.run`.
+    """
+    # Found out now rather than hours into the grid.
+    for settings in runs:
+        train.open_folder(settings, dataset, output)
+    accuracies = {}
+    with tqdm.tqdm(
+        desc=f"all {len(runs)} runs",
+        total=sum(settings.steps for settings in runs),
+        unit=" steps",
+        disable=None,
+    ) as bar:
+        for settings in runs:
+            metrics = train.run(settings, dataset, output, bar.update)
+            accuracies.setdefault(settings.condition, []).append(
+                metrics[-1]["test_accuracy"]
+            )
+    return accuracies
+
+
+def table(
+    accuracies: dict[int, list[float]], steps: int, dataset: data.Dataset
+) -> str:
+    """Returns final accuracies as text, beside the article's on CIFAR-10.
+
+    Args:
+        accuracies: what `run` returns.
+        steps: training steps of every run.
+        dataset: what they were trained on.
+    """
+    comparable = dataset.name == "cifar10"
+    rows = [("condition", "batch norm", "dropout", "accuracy", "published")]
+    for number, values in sorted(accuracies.items()):
+        condition = article.condition(number)
+        rows.append(
+            (
+                str(number),
+                condition.batch_norm,
+                f"{condition.dropout:g}",
+                _spread(values),
+                published(number, steps) if comparable else "none",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
+    )
+
+
+def _spread(values):
+    mean = f"{statistics.fmean(values):.3f}"
+    if len(values) == 1:
+        return mean
+    deviation = statistics.stdev(values)
+    return f"{mean} +- {deviation:.3f} ({len(values)} seeds)"
+
+
+def published(number: int, steps: int) -> str:
+    """Returns the article's accuracy after `steps`, or the next it gives."""
+    facts = article.PUBLISHED[number]
+    if steps in facts.at_step:
+        return f"{facts.at_step[steps]:.3f}"
+    if steps >= article.STEPS:
+        return f"{facts.last:.3f}"
+    later = [step for step in facts.at_step if step > steps]
+    if later:
+        return f"{facts.at_step[later[0]]:.3f} at {later[0]:,} steps"
+    return f"{facts.last:.3f} at {article.STEPS:,} steps"
+
+
+def define_flags() -> None:
+    """Defines this program's flags."""
+    train.define_shared_flags()
+    flags.DEFINE_enum(
+        "preset", "quick", list(PRESETS), "Size, where flags do not say it."
+    )
+    flags.DEFINE_list("conditions", None, "The article's numbers, as 2,11.")
+    flags.DEFINE_integer("seeds", 1, "Number of seeds.")
+
+
+def runs_from_flags() -> list[train.Settings]:
+    """Returns the grid that the flags ask for; raises as `grid`."""
+    given = {**PRESETS[flags.FLAGS.preset], **train.given_settings()}
+    if flags.FLAGS.conditions is not None:
+        try:
+            given["conditions"] = [int(x) for x in flags.FLAGS.conditions]
+        except ValueError as error:
+            raise ExperimentError(
+                "conditions are numbers from 0 to 11, as in 2,11. Received: "
+                f"conditions={','.join(flags.FLAGS.conditions)}"
+            ) from error
+    return grid(seeds=flags.FLAGS.seeds, **given)
+
+
+def main(argv):
+    del argv
+    runs, output = runs_from_flags(), flags.FLAGS.output
+    for settings in runs:
+        train.check_output(settings, output)
+    dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
+    print(f"{dataset.note}, {runs[0].steps:,} steps -> {output}")
+    accuracies = run(runs, dataset, output)
+    print(table(accuracies, runs[0].steps, dataset))
+    if dataset.name != "cifar10":
+        print(
+            f"These are {dataset.name}, not CIFAR-10: this is not the "
+            "article's comparison."
+        )
+    print(f"report: {report.write_report(output)}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch(main)

@@ -1,0 +1,237 @@
+"""Writes a run's folder, `<results>/<condition>/<seed>/`.
+
+    run.json          what made the run: settings, data, versions, revision
+    metrics.jsonl     a line per evaluation: step (training steps done),
+                      train_loss and train_accuracy (means since the last
+                      line), test_loss and test_accuracy (whole test set)
+    timing.jsonl      a line per evaluation: step, train_seconds (since the
+                      last line; the first ones include compilation),
+                      eval_seconds, images_per_second
+    tensorboard/      the same metrics as TensorBoard logs
+    checkpoint.npz    the state at the last line, until the run is finished
+    final.weights.h5  the trained weights; there once the run is finished
+
+The lines are JSON objects. Those of metrics.jsonl depend on run.json alone.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from experiments import ExperimentError
+from experiments import atomic
+
+# What may change between an interruption and its continuation.
+CIRCUMSTANCES = ("device", "packages", "revision")
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Making this object writes nothing; `resume` begins the run.
+
+    Args:
+        path: the folder.
+        description: the content of run.json.
+
+    Raises:
+        ExperimentError: the folder holds a run of another description.
+    """
+
+    def __init__(self, path: Path, description: dict):
+        self.path = path
+        self._description = description
+        self._facts = path / "run.json"
+        self._checkpoint = path / "checkpoint.npz"
+        self._weights = path / "final.weights.h5"
+        self._metrics = path / "metrics.jsonl"
+        self._timing = path / "timing.jsonl"
+        self._board = None
+        if self._facts.exists():
+            self._require_same(self._read_facts())
+
+    @property
+    def finished(self) -> bool:
+        return self._weights.exists()
+
+    def _read_facts(self):
+        try:
+            return dict(json.loads(self._facts.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise _unreadable(self._facts) from error
+
+    def _require_same(self, facts):
+        differing = [
+            f"{name}={facts.get(name)} there, {value} now"
+            for name, value in self._description.items()
+            if name not in CIRCUMSTANCES and facts.get(name) != value
+        ]
+        if differing:
+            raise ExperimentError(
+                f"{self.path} holds a run of other settings "
+                f"({'; '.join(differing)}): give those settings or another "
+                "output, or delete the folder"
+            )
+
+    def _write_facts(self):
+        """Says what makes the run, from now on if it was begun earlier."""
+        facts = self._description
+        if self._facts.exists():
+            facts = self._read_facts()
+            now = {name: self._description[name] for name in CIRCUMSTANCES}
+            last = [facts, *facts.get("continued_by", [])][-1]
+            if all(last.get(name) == now[name] for name in now):
+                return
+            facts.setdefault("continued_by", []).append(now)
+        atomic.write_text(self._facts, json.dumps(facts, indent=2) + "\n")
+
+    def resume(self, model: keras.Model) -> int:
+        """Begins the run, or gives a model the state of its checkpoint.
+
+        Lines and logs after the checkpoint are cut.
+
+        Returns:
+            The number of training steps done.
+
+        Raises:
+            ExperimentError: a file cannot be read or written.
+        """
+        self._write_facts()
+        step = 0
+        if self._checkpoint.exists():
+            step = restore(self._checkpoint, model)
+        for path in (self._metrics, self._timing):
+            kept = "".join(json.dumps(x) + "\n" for x in _lines(path, step))
+            atomic.write_text(path, kept)
+        self._board = _tensorboard(self.path / "tensorboard", self.metrics())
+        return step
+
+    def metrics(self) -> list[dict]:
+        """Returns the lines of metrics.jsonl."""
+        return _lines(self._metrics, float("inf"))
+
+    def record(self, metrics: dict, timing: dict, model: keras.Model) -> None:
+        """Adds a line to each file and a checkpoint; both have "step"."""
+        for path, line in ((self._metrics, metrics), (self._timing, timing)):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        _log(self._board, metrics)
+        save(self._checkpoint, model, metrics["step"])
+
+    def finish(self, network: keras.Model) -> None:
+        """Writes the weights, in whose presence the run is finished.
+
+        Args:
+            network: not compiled, for else the optimizer's variables, twice
+                the size, would be written with the weights.
+        """
+        with _replacing(self._weights) as path:
+            network.save_weights(path)
+        self._checkpoint.unlink()
+
+    def close(self) -> None:
+        """Ends the TensorBoard logs."""
+        if self._board:
+            self._board.close()
+
+
+def save(path: Path, model: keras.Model, step: int) -> None:
+    """Writes a checkpoint: all of the model's and the optimizer's state.
+
+    Args:
+        path: file to write, whole or not at all.
+        model: a compiled model.
+        step: number of training steps done.
+    """
+    state = {
+        f"variable_{number}": keras.ops.convert_to_numpy(variable)
+        for number, variable in enumerate(_state(model))
+    }
+    with _replacing(path) as incomplete, open(incomplete, "wb") as file:
+        np.savez(file, step=step, **state)
+
+
+def restore(path: Path, model: keras.Model) -> int:
+    """Gives a compiled model the state of a checkpoint; returns its step.
+
+    Raises:
+        ExperimentError: the file is not a checkpoint of such a model.
+    """
+    try:
+        with np.load(path) as saved:
+            variables = _state(model)
+            if len(saved.files) != len(variables) + 1:
+                raise ValueError("another number of variables")
+            for number, variable in enumerate(variables):
+                variable.assign(saved[f"variable_{number}"])
+            return int(saved["step"])
+    except Exception as error:  # zipfile's, NumPy's and the backend's own
+        raise _unreadable(path) from error
+
+
+def _state(model):
+    model.optimizer.build(model.trainable_variables)
+    # model.variables has what a .keras file leaves out: the state of
+    # dropout's random generator.
+    return [*model.variables, *model.optimizer.variables]
+
+
+def _unreadable(path):
+    return ExperimentError(
+        f"{path} cannot be read: delete its folder to begin the run anew"
+    )
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to; on success, what is there becomes `path`."""
+    incomplete = path.with_name(f"incomplete.{path.name}")
+    try:
+        yield incomplete
+        os.replace(incomplete, path)
+    finally:
+        incomplete.unlink(missing_ok=True)
+
+
+def _lines(path, last_step):
+    """Returns the lines up to a step; a torn last one is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+                if line["step"] > last_step:
+                    break
+            except (ValueError, TypeError, KeyError):
+                break
+            lines.append(line)
+    return lines
+
+
+def _tensorboard(folder, metrics):
+    """Returns a writer of TensorBoard logs that has `metrics`, or None."""
+    try:
+        from tensorboard.summary import Writer
+    except ImportError:
+        print("TensorBoard is absent: no logs for it", file=sys.stderr)
+        return None
+    # Begun anew: what an interrupted run logged after its checkpoint goes.
+    shutil.rmtree(folder, ignore_errors=True)
+    writer = Writer(str(folder))
+    for line in metrics:
+        _log(writer, line)
+    return writer
+
+
+def _log(writer, line):
+    if writer:
+        for name, value in line.items():
+            if name != "step":
+                writer.add_scalar(name, value, step=line["step"])

@@ -1,0 +1,396 @@
+"""Trains one condition of the article.
+
+    python -m experiments.train --condition=11 --steps=2000
+
+The run's folder is ``OUTPUT/CONDITION/SEED/``; `run_folder` says what is in
+it. A run that was interrupted goes on from its last evaluation, on a CPU with
+the metrics of an undisturbed run bit for bit.
+"""
+
+import dataclasses
+import importlib
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import tqdm
+from absl import flags
+
+from experiments import ExperimentError
+from experiments import article
+from experiments import atomic
+from experiments import data
+from experiments import launch
+from experiments import models
+from experiments import run_folder
+
+OPTIMIZERS = ("adam", "sgd", "rmsprop")
+EVALUATION_BATCH = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: the article's settings, but fewer steps.
+
+    Attributes:
+        condition: the article's number, 0 to 11.
+        seed: of the initial kernels, dropout and shuffling.
+        steps: training steps.
+        eval_every: training steps between evaluations; the last step always
+            has one.
+        batch_size: images in a step.
+        optimizer: one of `OPTIMIZERS`.
+        learning_rate: constant over the run.
+        input: "raw" or "standardized", see `data.inputs`.
+        shuffle: whether each epoch has an order of its own.
+        layer: "keras_bn" or "keras", see `models.build`.
+
+    Raises:
+        ExperimentError: a value is out of its range.
+    """
+
+    condition: int
+    seed: int = 0
+    steps: int = 600
+    eval_every: int = 100
+    batch_size: int = article.BATCH_SIZE
+    optimizer: str = "adam"
+    learning_rate: float = article.LEARNING_RATE
+    input: str = "raw"
+    shuffle: bool = False
+    layer: str = "keras_bn"
+
+    def __post_init__(self):
+        article.condition(self.condition)
+        for name, least in (
+            ("seed", 0),
+            ("steps", 1),
+            ("eval_every", 1),
+            ("batch_size", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ExperimentError(
+                    f"{name} is a whole number of at least {least}. "
+                    f"Received: {name}={getattr(self, name)}"
+                )
+        if not 0 < self.learning_rate < math.inf:
+            raise ExperimentError(
+                "learning_rate is a positive number. "
+                f"Received: learning_rate={self.learning_rate}"
+            )
+        for name, choices in (
+            ("optimizer", OPTIMIZERS),
+            ("input", data.INPUTS),
+            ("layer", models.LAYERS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ExperimentError(
+                    f"{name} is one of {', '.join(choices)}. "
+                    f"Received: {name}={getattr(self, name)!r}"
+                )
+
+    def folder(self, output: Path | str) -> Path:
+        """Returns the run's own folder below that of all results."""
+        return Path(output) / str(self.condition) / str(self.seed)
+
+
+def check_output(settings: Settings, output: Path | str) -> None:
+    """Finds out, before anything is loaded, whether a run can be written.
+
+    Raises:
+        ExperimentError: it cannot be.
+    """
+    atomic.check_writable(settings.folder(output) / "run.json")
+
+
+def run(
+    settings: Settings,
+    dataset: data.Dataset,
+    output: Path | str,
+    on_steps: Callable[[int], None] = lambda steps: None,
+) -> list[dict]:
+    """Trains one condition, or what is left of it to do.
+
+    Args:
+        settings: what to do.
+        dataset: what to train on.
+        output: folder of all results; the run's own is below it.
+        on_steps: called with each number of training steps that is newly
+            done; the first call is for those done by an earlier program.
+
+    Returns:
+        The objects in the run's metrics.jsonl.
+
+    Raises:
+        ExperimentError: the folder holds a run of other settings, or cannot
+            be read or written to.
+        KeyboardInterrupt: the run was interrupted; it says how to go on.
+    """
+    folder = open_folder(settings, dataset, output)
+    if folder.finished:
+        on_steps(settings.steps)
+    else:
+        check_output(settings, output)
+        try:
+            _train(settings, dataset, folder, on_steps)
+        except OSError as error:
+            raise ExperimentError(
+                f"cannot write to {folder.path} ({error.strerror}): make "
+                "room, or give another output"
+            ) from error
+        finally:
+            folder.close()
+    return folder.metrics()
+
+
+def open_folder(
+    settings: Settings, dataset: data.Dataset, output: Path | str
+) -> run_folder.RunFolder:
+    """Returns the folder of a run, which need not be there yet.
+
+    Raises:
+        ExperimentError: it holds a run of other settings.
+    """
+    return run_folder.RunFolder(
+        settings.folder(output), describe(settings, dataset)
+    )
+
+
+def make_optimizer(settings: Settings) -> keras.optimizers.Optimizer:
+    """Returns the optimizer of a run; Adam has TensorFlow 1's epsilon."""
+    rate = settings.learning_rate
+    if settings.optimizer == "adam":
+        return keras.optimizers.Adam(rate, epsilon=article.ADAM_EPSILON)
+    if settings.optimizer == "sgd":
+        return keras.optimizers.SGD(rate)
+    return keras.optimizers.RMSprop(rate)
+
+
+def build(settings: Settings) -> keras.Model:
+    """Returns the compiled model of a run, at its initial weights."""
+    model = _network(settings)
+    model.compile(
+        optimizer=make_optimizer(settings),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def _network(settings):
+    return models.build(
+        article.condition(settings.condition),
+        layer=settings.layer,
+        seed=settings.seed,
+    )
+
+
+def describe(settings: Settings, dataset: data.Dataset) -> dict:
+    """Returns the content of run.json: everything that made the run."""
+    condition = article.condition(settings.condition)
+    optimizer = make_optimizer(settings)
+    backend = keras.backend.backend()
+    # Every backend's tensors know their device; TensorFlow's name is a path.
+    device = str(keras.ops.zeros(()).device).rsplit("device:", 1)[-1]
+    return {
+        **dataclasses.asdict(settings),
+        "batch_norm": condition.batch_norm,
+        "dropout": condition.dropout,
+        "optimizer_epsilon": getattr(optimizer, "epsilon", None),
+        "dataset": dataset.name,
+        "dataset_version": dataset.version,
+        "dataset_copy": dataset.copy,
+        "backend": backend,
+        "device": device,
+        "packages": {
+            "python": platform.python_version(),
+            "keras": keras.__version__,
+            "numpy": np.__version__,
+            backend: importlib.import_module(backend).__version__,
+        },
+        "revision": _revision(),
+    }
+
+
+def _revision():
+    """Returns git's name of this code, with "-dirty" if it was changed."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _train(settings, dataset, folder, on_steps):
+    batches = data.Batches(
+        dataset,
+        settings.batch_size,
+        settings.input,
+        settings.shuffle,
+        settings.seed,
+    )
+    test_images = data.inputs(dataset, settings.input)(dataset.test_images)
+    name = f"condition {settings.condition}, seed {settings.seed}"
+    model = build(settings)
+    step = saved = folder.resume(model)
+    on_steps(step)
+    bar = tqdm.tqdm(
+        desc=name,
+        total=settings.steps * settings.batch_size,
+        initial=step * settings.batch_size,
+        unit=" images",
+        unit_scale=True,
+        disable=None,
+        leave=False,
+    )
+    try:
+        while step < settings.steps:
+            until = step - step % settings.eval_every + settings.eval_every
+            until = min(until, settings.steps)
+            train, began = Mean(), time.perf_counter()
+            while step < until:
+                inputs, labels = batches[step]
+                logs = model.train_on_batch(inputs, labels, return_dict=True)
+                train.add(logs, len(labels))
+                step += 1
+                on_steps(1)
+                bar.set_postfix(train.values(), refresh=False)
+                bar.update(len(labels))
+            trained = time.perf_counter()
+            test = evaluate(model, test_images, dataset.test_labels)
+            metrics = {
+                "step": step,
+                "train_loss": train.values()["loss"],
+                "train_accuracy": train.values()["accuracy"],
+                "test_loss": test["loss"],
+                "test_accuracy": test["accuracy"],
+            }
+            timing = {
+                "step": step,
+                "train_seconds": trained - began,
+                "eval_seconds": time.perf_counter() - trained,
+                "images_per_second": train.count / (trained - began),
+            }
+            folder.record(metrics, timing, model)
+            saved = step
+        network = _network(settings)
+        network.set_weights(model.get_weights())
+        folder.finish(network)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{name}: stopped after step {step}; the same command goes on "
+            f"from step {saved}"
+        ) from None
+    finally:
+        bar.close()
+
+
+def evaluate(
+    model: keras.Model, images: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """Returns a compiled model's mean "loss" and "accuracy" in test.
+
+    Args:
+        model: from images to logits, compiled with the accuracy.
+        images: float32 (images, height, width, channels).
+        labels: int32 (images,).
+    """
+    mean = Mean()
+    for start in range(0, len(labels), EVALUATION_BATCH):
+        rows = slice(start, start + EVALUATION_BATCH)
+        logs = model.test_on_batch(images[rows], labels[rows], return_dict=True)
+        mean.add(logs, len(labels[rows]))
+    return mean.values()
+
+
+class Mean:
+    """Means over images of what Keras reports batch by batch."""
+
+    def __init__(self):
+        self.count = 0
+        self._sums = {}
+
+    def add(self, logs: dict[str, float], count: int) -> None:
+        """Adds a batch of `count` images, whose means are `logs`."""
+        self.count += count
+        for name, value in logs.items():
+            total = self._sums.get(name, 0.0) + float(value) * count
+            self._sums[name] = total
+
+    def values(self) -> dict[str, float]:
+        """Returns the means so far."""
+        return {name: x / self.count for name, x in self._sums.items()}
+
+
+def define_shared_flags() -> None:
+    """Defines the flags that `train` and `reproduce` have in common."""
+    default = {x.name: x.default for x in dataclasses.fields(Settings)}
+    flags.DEFINE_integer("steps", None, "Training steps.")
+    flags.DEFINE_integer(
+        "eval_every", None, "Training steps between evaluations."
+    )
+    flags.DEFINE_integer("batch_size", default["batch_size"], "Images a step.")
+    flags.DEFINE_enum(
+        "optimizer", default["optimizer"], OPTIMIZERS, "What updates weights."
+    )
+    flags.DEFINE_float(
+        "learning_rate", default["learning_rate"], "Constant over the run."
+    )
+    flags.DEFINE_enum(
+        "input",
+        default["input"],
+        data.INPUTS,
+        "raw: pixels of 0 to 255; standardized: mean 0, deviation 1 a channel.",
+    )
+    flags.DEFINE_bool("shuffle", False, "Give each epoch an order of its own.")
+    flags.DEFINE_enum(
+        "layer",
+        default["layer"],
+        models.LAYERS,
+        "Whose BatchNormalization to train with.",
+    )
+    flags.DEFINE_enum(
+        "dataset",
+        "auto",
+        data.DATASETS,
+        "auto: CIFAR-10 if it can be had, else the bundled digits.",
+    )
+    flags.DEFINE_string("data_dir", None, "TensorFlow Datasets' folder.")
+    flags.DEFINE_string("output", "results", "Folder of all results.")
+
+
+def given_settings() -> dict:
+    """Returns the flags given that are attributes of `Settings`."""
+    values = flags.FLAGS.flag_values_dict()
+    names = [x.name for x in dataclasses.fields(Settings)]
+    return {x: values[x] for x in names if values.get(x) is not None}
+
+
+def main(argv):
+    del argv
+    given = given_settings()
+    if "condition" not in given:
+        raise ExperimentError("give a condition, --condition=0 to 11")
+    settings, output = Settings(**given), flags.FLAGS.output
+    check_output(settings, output)
+    dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
+    print(f"{dataset.note} -> {settings.folder(output)}")
+    last = run(settings, dataset, output)[-1]
+    print(f"step {last['step']}: test accuracy {last['test_accuracy']:.4f}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("condition", None, "The article's number, 0 to 11.")
+    flags.DEFINE_integer("seed", 0, "Of kernels, dropout and shuffling.")
+    define_shared_flags()
+    launch(main)

@@ -1,0 +1,153 @@
+"""The grid of conditions and seeds."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import ExperimentError
+from experiments import article
+from experiments import data
+from experiments import reproduce
+from experiments import train
+
+_ROOT = Path(__file__).parents[2]
+_CIFAR10 = data.Dataset(None, None, None, None, "cifar10", "3.0.2", "any")
+
+
+@pytest.fixture(scope="module")
+def few():
+    digits = data.load("digits")
+    return dataclasses.replace(
+        digits,
+        train_images=digits.train_images[:8],
+        train_labels=digits.train_labels[:8],
+        test_images=digits.test_images[:10],
+        test_labels=digits.test_labels[:10],
+    )
+
+
+def test_grid_has_every_condition_and_seed():
+    runs = reproduce.grid((11, 0, 11), 2, steps=7, input="standardized")
+    assert [(x.seed, x.condition) for x in runs] == [
+        (0, 0),
+        (0, 11),
+        (1, 0),
+        (1, 11),
+    ]
+    assert {(x.steps, x.input) for x in runs} == {(7, "standardized")}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "seeds", "said"),
+    [
+        ((0, 12), 1, "condition=12"),
+        ((0,), 0, "seeds=0"),
+        ((), 1, "give conditions"),
+    ],
+)
+def test_grids_that_do_not_exist(conditions, seeds, said):
+    with pytest.raises(ExperimentError, match=said):
+        reproduce.grid(conditions, seeds)
+
+
+def test_presets():
+    quick, full = reproduce.PRESETS["quick"], reproduce.PRESETS["article"]
+    assert quick["conditions"] == (2, 11)
+    # Moving averages of momentum 0.99 have left their start behind.
+    assert 0.99 ** quick["steps"] < 0.01
+    assert full["conditions"] == tuple(range(12))
+    assert full["steps"] == 156_000
+    assert full["steps"] // full["eval_every"] == 1_000
+    # `train` without --steps does what `reproduce` does for a condition.
+    one = train.Settings(condition=2)
+    assert (one.steps, one.eval_every) == (quick["steps"], quick["eval_every"])
+
+
+def test_a_grid_goes_on_where_it_stopped(few, tmp_path, monkeypatch):
+    runs = reproduce.grid((0, 9), 2, steps=1, batch_size=4)
+    trained, really = [], train._train
+
+    def interrupted(settings, *arguments):
+        trained.append((settings.condition, settings.seed))
+        if len(trained) == 3:
+            raise KeyboardInterrupt("stopped")
+        really(settings, *arguments)
+
+    monkeypatch.setattr(train, "_train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run(runs, few, tmp_path)
+    accuracies = reproduce.run(runs, few, tmp_path)
+    third = (0, 1)
+    assert trained == [(0, 0), (9, 0), third, third, (9, 1)]
+    assert list(accuracies) == [0, 9]
+    for condition, values in accuracies.items():
+        assert len(values) == 2
+        for seed, value in enumerate(values):
+            folder = tmp_path / str(condition) / str(seed)
+            assert (
+                f'"test_accuracy": {value}}}\n'
+                in (folder / "metrics.jsonl").read_text()
+            )
+
+
+def test_other_settings_are_found_before_training(few, tmp_path, monkeypatch):
+    changed = {"eval_every": 1, "batch_size": 4}
+    reproduce.run(reproduce.grid((9,), 1, steps=1, **changed), few, tmp_path)
+    monkeypatch.setattr(train, "_train", None)
+    with pytest.raises(ExperimentError, match="steps=1 there, 2 now"):
+        runs = reproduce.grid((0, 9), 1, steps=2, **changed)
+        reproduce.run(runs, few, tmp_path)
+
+
+def test_published_beside_the_same_step():
+    assert reproduce.published(11, 2_000) == "0.622"
+    assert reproduce.published(11, article.STEPS) == "0.761"
+    assert reproduce.published(2, 600) == "0.510 at 2,000 steps"
+    assert reproduce.published(2, 100_000) == "0.581 at 156,000 steps"
+
+
+def test_table_on_cifar10():
+    text = reproduce.table({11: [0.6, 0.7], 2: [0.512]}, 2_000, _CIFAR10)
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[1] == ["2", "none", "0.4", "0.512", "0.510"]
+    assert " ".join(lines[2]) == "11 both 0.4 0.650 +- 0.071 (2 seeds) 0.622"
+
+
+def test_table_on_other_data_has_nothing_published(few):
+    text = reproduce.table({11: [0.6]}, 2_000, few)
+    assert text.splitlines()[1].split() == [
+        "11",
+        "both",
+        "0.4",
+        "0.600",
+        "none",
+    ]
+
+
+def test_the_program_from_flags_to_report(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "experiments.reproduce",
+            "--dataset=digits",
+            "--conditions=0,3",
+            "--steps=2",
+            "--eval_every=1",
+            "--batch_size=8",
+            f"--output={tmp_path}",
+        ],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[-1] == f"report: {tmp_path / 'report.html'}"
+    assert "not the article's comparison" in said[-2]
+    assert [line.split()[0] for line in said[1:4]] == ["condition", "0", "3"]
+    assert (tmp_path / "report.html").stat().st_size

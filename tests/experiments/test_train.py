@@ -1,0 +1,369 @@
+"""One condition: training, resuming, and what a run leaves behind."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from experiments import ExperimentError
+from experiments import article
+from experiments import data
+from experiments import models
+from experiments import train
+
+_ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def few():
+    """A few digits: a data set on which a step costs little."""
+    digits = data.load("digits")
+    return dataclasses.replace(
+        digits,
+        train_images=digits.train_images[:20],
+        train_labels=digits.train_labels[:20],
+        test_images=digits.test_images[:30],
+        test_labels=digits.test_labels[:30],
+    )
+
+
+def _settings(**changes):
+    return train.Settings(
+        **{
+            "condition": 11,
+            "steps": 5,
+            "eval_every": 2,
+            "batch_size": 4,
+            **changes,
+        }
+    )
+
+
+def _after(steps):
+    """An `on_steps` that interrupts a run when so many steps are done."""
+    done = 0
+
+    def count(new):
+        nonlocal done
+        done += new
+        if done == steps:
+            raise KeyboardInterrupt
+
+    return count
+
+
+@pytest.fixture(scope="module")
+def undisturbed(few, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    train.run(_settings(), few, output)
+    return output / "11" / "0"
+
+
+def test_a_runs_folder(undisturbed):
+    assert sorted(os.listdir(undisturbed)) == [
+        "final.weights.h5",
+        "metrics.jsonl",
+        "run.json",
+        "tensorboard",
+        "timing.jsonl",
+    ]
+
+
+def _read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_and_timing(undisturbed):
+    metrics = _read(undisturbed / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [2, 4, 5]
+    for line in metrics:
+        assert list(line) == [
+            "step",
+            "train_loss",
+            "train_accuracy",
+            "test_loss",
+            "test_accuracy",
+        ]
+        # 30 test images; batches of 4, one or two of them in a line.
+        assert line["test_accuracy"] * 30 == pytest.approx(
+            round(line["test_accuracy"] * 30), abs=1e-4
+        )
+        assert line["train_accuracy"] * 8 == pytest.approx(
+            round(line["train_accuracy"] * 8), abs=1e-4
+        )
+    timing = _read(undisturbed / "timing.jsonl")
+    assert [line["step"] for line in timing] == [2, 4, 5]
+    for line, images in zip(timing, (8, 8, 4)):
+        assert line["eval_seconds"] > 0
+        speed = images / line["train_seconds"]
+        assert line["images_per_second"] == pytest.approx(speed)
+
+
+def test_run_json_says_what_made_the_run(undisturbed):
+    facts = json.loads((undisturbed / "run.json").read_text())
+    backend = keras.backend.backend()
+    expected = {
+        "condition": 11,
+        "batch_norm": "both",
+        "dropout": 0.4,
+        "seed": 0,
+        "steps": 5,
+        "eval_every": 2,
+        "batch_size": 4,
+        "optimizer": "adam",
+        "optimizer_epsilon": 1e-8,
+        "learning_rate": 1e-3,
+        "input": "raw",
+        "shuffle": False,
+        "layer": "keras_bn",
+        "dataset": "digits",
+        "backend": backend,
+    }
+    assert {name: facts[name] for name in expected} == expected
+    assert facts["packages"]["keras"] == keras.__version__
+    assert facts["packages"].keys() == {"python", "keras", "numpy", backend}
+    assert facts.keys() - expected.keys() == {
+        "dataset_version",
+        "dataset_copy",
+        "device",
+        "packages",
+        "revision",
+    }
+    assert "pu" in facts["device"].lower()  # CPU:0, cuda:0, TFRT_CPU_0
+
+
+def test_tensorboard_logs_have_the_metrics(undisturbed):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    logs = accumulator.EventAccumulator(str(undisturbed / "tensorboard"))
+    logs.Reload()
+    for name in ("train_loss", "test_accuracy"):
+        # Written as tensors of one number.
+        found = [
+            (event.step, event.tensor_proto.float_val[0])
+            for event in logs.Tensors(name)
+        ]
+        lines = _read(undisturbed / "metrics.jsonl")
+        expected = [(line["step"], line[name]) for line in lines]
+        assert found == [
+            (step, pytest.approx(value)) for step, value in expected
+        ]
+
+
+def test_final_weights_are_the_networks(undisturbed, few):
+    network = models.build(article.CONDITIONS[11], seed=1)
+    network.load_weights(undisturbed / "final.weights.h5")
+    model = train.build(_settings(seed=1))
+    model.set_weights(network.get_weights())
+    test = train.evaluate(
+        model, few.test_images.astype("float32"), few.test_labels
+    )
+    last = _read(undisturbed / "metrics.jsonl")[-1]
+    assert test["loss"] == pytest.approx(last["test_loss"], rel=1e-5)
+    assert test["accuracy"] == pytest.approx(last["test_accuracy"])
+    # 4.3 million float32 and no optimizer's variables beside them.
+    size = (undisturbed / "final.weights.h5").stat().st_size
+    assert 4 * 4_263_754 < size < 1.1 * 4 * 4_263_754
+
+
+def test_a_resumed_run_is_the_undisturbed_run(undisturbed, few, tmp_path):
+    with pytest.raises(KeyboardInterrupt) as interruption:
+        train.run(_settings(), few, tmp_path, _after(4))
+    # Step 4 was done, but not its evaluation.
+    assert "stopped after step 4;" in str(interruption.value)
+    assert "goes on from step 2" in str(interruption.value)
+    folder = tmp_path / "11" / "0"
+    assert not (folder / "final.weights.h5").exists()
+    # What a killed program could have left after its checkpoint.
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        with open(folder / name, "a") as file:
+            file.write('{"step": 4, "train_loss": 9}\n{"step": 5, "tr')
+    train.run(_settings(), few, tmp_path)
+    for name in ("metrics.jsonl", "run.json"):
+        expected = (undisturbed / name).read_bytes()
+        assert (folder / name).read_bytes() == expected
+    steps = [line["step"] for line in _read(folder / "timing.jsonl")]
+    assert steps == [2, 4, 5]
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(undisturbed))
+
+
+def test_a_full_disk_is_one_line(few, tmp_path, monkeypatch):
+    def full(*arguments, **arrays):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(ExperimentError, match="No space left on device"):
+        train.run(_settings(condition=0, steps=1), few, tmp_path)
+
+
+def test_a_finished_run_is_not_trained_again(undisturbed, few, monkeypatch):
+    monkeypatch.setattr(train, "_train", None)
+    done = []
+    metrics = train.run(_settings(), few, undisturbed.parents[1], done.append)
+    assert metrics == _read(undisturbed / "metrics.jsonl")
+    assert done == [5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 6}, "steps=5 there, 6 now"),
+        ({"input": "standardized"}, "input=raw there, standardized now"),
+        ({"layer": "keras"}, "layer=keras_bn there, keras now"),
+        ({"optimizer": "sgd"}, "optimizer=adam there, sgd now"),
+    ],
+)
+def test_a_folder_of_other_settings(undisturbed, few, changes, said):
+    before = (undisturbed / "run.json").read_bytes()
+    with pytest.raises(ExperimentError) as error:
+        train.run(_settings(**changes), few, undisturbed.parents[1])
+    assert said in str(error.value)
+    assert "another output, or delete the folder" in str(error.value)
+    assert (undisturbed / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "received"),
+    [
+        ({"condition": 12}, "condition=12"),
+        ({"steps": -1}, "steps=-1"),
+        ({"eval_every": 0}, "eval_every=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"optimizer": "lion"}, "optimizer='lion'"),
+        ({"input": "grey"}, "input='grey'"),
+        ({"layer": "flax"}, "layer='flax'"),
+    ],
+)
+def test_settings_out_of_range(changes, received):
+    with pytest.raises(ExperimentError, match=f"Received: {received}$"):
+        _settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "epsilon"),
+    [
+        ("adam", "Adam", 1e-8),
+        ("sgd", "SGD", None),
+        ("rmsprop", "RMSprop", 1e-7),
+    ],
+)
+def test_optimizers(name, kind, epsilon):
+    optimizer = train.make_optimizer(
+        _settings(optimizer=name, learning_rate=0.25)
+    )
+    assert type(optimizer).__name__ == kind
+    assert float(optimizer.learning_rate) == 0.25
+    assert getattr(optimizer, "epsilon", None) == epsilon
+
+
+def test_evaluation_is_over_all_images(monkeypatch):
+    monkeypatch.setattr(train, "EVALUATION_BATCH", 4)
+    model = train.build(_settings(condition=9))
+    random = np.random.default_rng(0)
+    images = random.uniform(0, 255, (10, 32, 32, 3)).astype(np.float32)
+    labels = np.arange(10, dtype=np.int32)
+    logits = keras.ops.convert_to_numpy(model(images, training=False))
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    result = train.evaluate(model, images, labels)
+    assert result["loss"] == pytest.approx(
+        -log_probabilities[labels, labels].mean(), rel=1e-4
+    )
+    assert result["accuracy"] == pytest.approx(
+        np.mean(logits.argmax(axis=1) == labels)
+    )
+
+
+def test_mean_is_over_images_not_batches():
+    mean = train.Mean()
+    mean.add({"loss": 1.0}, 3)
+    mean.add({"loss": 5.0}, 1)
+    assert mean.count == 4
+    assert mean.values() == {"loss": 2.0}
+
+
+def _start(program, *flags):
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{program}", *flags],
+        cwd=_ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """Programs given what they cannot use: name -> (process, folder)."""
+    folder = tmp_path_factory.mktemp("failures")
+    (folder / "file").write_text("")
+    digits = ["--dataset=digits", "--condition=0"]
+    flags = {
+        "no such condition": ["--condition=12"],
+        "unwritable": [*digits, f"--output={folder}/file/below"],
+        "missing data": ["--condition=0", f"--data_dir={folder}/missing"],
+    }
+    # All at once: most of their time is spent in importing.
+    return {
+        name: _start("train", f"--output={folder}/output", *given)
+        for name, given in flags.items()
+    }, folder
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no such condition", "Received: condition=12"),
+        ("unwritable", "cannot write"),
+        ("missing data", "data folder does not exist"),
+    ],
+)
+def test_errors_of_the_program(failures, name, said):
+    processes, folder = failures
+    _, errors = processes[name].communicate(timeout=120)
+    assert processes[name].returncode == 1
+    assert "Traceback" not in errors
+    line = errors.splitlines()[-1]
+    assert line.startswith("error: ") and said in line
+    assert not [
+        p for p in folder.rglob("*") if p.name != "file" and p.is_file()
+    ]
+
+
+def test_an_interrupted_program_says_how_to_go_on(tmp_path):
+    process = _start(
+        "train",
+        "--dataset=digits",
+        "--condition=0",
+        "--batch_size=8",
+        "--steps=100000",
+        "--eval_every=1",
+        f"--output={tmp_path}",
+    )
+    metrics = tmp_path / "0/0/metrics.jsonl"
+    began = time.monotonic()
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None and time.monotonic() - began < 120
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith(
+        "interrupted: condition 0, seed 0"
+    )
+    assert "the same command goes on from step" in errors
+    assert not list(tmp_path.rglob("incomplete.*"))
