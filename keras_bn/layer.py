@@ -356,7 +356,7 @@ def _integer_axis(axis):
             f"keras_bn. Received: axis={axis!r}. Give one int."
         )
     whole = isinstance(axis, numbers.Real) and not isinstance(axis, bool)
-    if not whole or axis != math.floor(axis):
+    if not whole or not float(axis).is_integer():
         raise ValueError(f"`axis` must be an integer. Received: axis={axis!r}.")
     return int(axis)
 
@@ -379,20 +379,31 @@ def _axis_within(axis, input_shape):
 
 
 def _fraction(name, value):
-    if not 0.0 <= float(value) <= 1.0:
+    number = _number(name, value)
+    if not 0.0 <= number <= 1.0:
         raise ValueError(
             f"`{name}` must be in [0, 1]. Received: {name}={value!r}."
         )
-    return float(value)
+    return number
 
 
 def _not_negative(name, value):
-    if not 0.0 <= float(value) < math.inf:
+    number = _number(name, value)
+    if not 0.0 <= number < math.inf:
         raise ValueError(
             f"`{name}` must be a finite number, not negative. "
             f"Received: {name}={value!r}."
         )
-    return float(value)
+    return number
+
+
+def _number(name, value):
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must be a number. Received: {name}={value!r}."
+        ) from error
 
 
 def _checked_clipping(clipping):

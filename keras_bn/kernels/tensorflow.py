@@ -34,11 +34,16 @@ def batch_moments(inputs, *, axis, mask=None, synchronized=False):
     if mask is not None:
         mean, variance, count = _masked_moments(inputs, mask, axis)
     elif inputs.dtype == tf.float64:
+        rank = inputs.shape.rank
+        reduced = [i for i in range(rank) if i != axis]
         count = _positions(inputs, channels)
-        shift, _ = _population_moments(inputs, axis)
-        deviations = inputs - _along(axis, shift, inputs.shape.rank)
-        deviation, variance = _population_moments(deviations, axis)
-        mean = shift + deviation
+        divisor = _divisor(count)
+        shift = tf.reduce_sum(inputs, reduced) / divisor
+        deviations = inputs - _along(axis, shift, rank)
+        rest = tf.reduce_sum(deviations, reduced) / divisor
+        mean = shift + rest
+        variance = tf.reduce_sum(tf.square(deviations), reduced) / divisor
+        variance -= tf.square(rest)
     else:
         count = _positions(inputs, channels)
         gamma, beta = _defaults(inputs, None, None, axis)
@@ -231,29 +236,12 @@ def _undo_bessel(mean, variance, x, channels):
     )
 
 
-def _population_moments(inputs, axis):
-    """Mean and biased variance of each channel, added naively."""
-    channels = inputs.shape[axis]
-    if inputs.dtype == tf.float64:
-        rank = inputs.shape.rank
-        reduced = [i for i in range(rank) if i != axis]
-        count = _divisor(_positions(inputs, channels))
-        mean = tf.reduce_sum(inputs, reduced) / count
-        deviations = inputs - _along(axis, mean, rank)
-        return mean, tf.reduce_sum(tf.square(deviations), reduced) / count
-    x = _channels_last(inputs, axis)
-    moments = _fused_op(x, *_defaults(inputs, None, None, axis), 1.0)
-    return _undo_bessel(
-        moments.batch_mean, moments.batch_variance, x, channels
-    )
-
-
 def _masked_moments(inputs, mask, axis):
     """Moments of the positions where `mask` is True, in two rounds.
 
-    Masked positions are set to the deviation 0, which makes all positions two
-    groups whose moments merge as in Chan et al.; this is that merge backwards.
-    The first round finds the mean, the second works on deviations from it.
+    Masked positions are set to one value, which makes all positions two groups
+    whose moments merge as in Chan et al.; this is that merge backwards. The
+    first round takes 0 and finds the mean, the second takes the mean.
     """
     rank = inputs.shape.rank
     channels = inputs.shape[axis]
@@ -268,19 +256,22 @@ def _masked_moments(inputs, mask, axis):
     share = tf.cast(share, dtype)
     count = tf.round(share * positions)
     rate = tf.math.divide_no_nan(positions, count)
-    zero = tf.zeros([], inputs.dtype)
     mean = tf.zeros([channels], dtype)
-    variance = tf.zeros([channels], dtype)
     for _ in range(2):
-        # In low precision a shift rounds; it pays where the mean is large.
-        shift = tf.where(tf.square(mean) > variance, mean, 0.0)
-        shift = tf.cast(shift, inputs.dtype)
-        deviations = inputs - _along(axis, shift, rank)
-        deviation, variance = _population_moments(
-            tf.where(mask, deviations, zero), axis
-        )
+        center = tf.cast(mean, inputs.dtype)
+        along = _along(axis, center, rank)
+        center = tf.cast(center, dtype)
+        if inputs.dtype == dtype:
+            zero = tf.zeros([], dtype)
+            moved = tf.where(mask, inputs - along, zero)
+            deviation, variance, _ = batch_moments(moved, axis=axis)
+        else:
+            # A difference of short floats is rounded; filling in is exact.
+            moved = tf.where(mask, inputs, along)
+            deviation, variance, _ = batch_moments(moved, axis=axis)
+            deviation = deviation - center
         deviation = deviation * rate
-        mean = tf.cast(shift, dtype) + deviation
+        mean = center + deviation
         variance = rate * variance - tf.square(deviation) * (1.0 - share)
     return mean, tf.maximum(variance, 0.0), count
 
