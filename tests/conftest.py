@@ -1,0 +1,45 @@
+"""What all tests share.
+
+The suite runs once for each backend, named by KERAS_BACKEND, in an environment
+where the other two frameworks may be absent. A test file named after a
+backend is collected on that backend alone.
+"""
+
+import os
+
+# More than one test process on a machine: each with the threads it needs.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import hypothesis
+import keras
+import pytest
+
+_BACKENDS = ("tensorflow", "jax", "torch")
+
+collect_ignore = [
+    f"keras_bn/kernels/test_{backend}.py"
+    for backend in _BACKENDS
+    if backend != keras.backend.backend()
+]
+
+# The same cases in every run, whatever the machine's speed. JAX compiles each
+# of them anew, which takes a hundred times as long as running it.
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=14 if keras.backend.backend() == "jax" else 60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _settings_restored():
+    """Seeds Keras, and undoes what a test changed in its global settings."""
+    policy = keras.config.dtype_policy()
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_dtype_policy(policy)
+    keras.backend.clear_session()

@@ -1,0 +1,175 @@
+"""What holds for the JAX kernels alone: what they save, transform, shard."""
+
+import re
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import keras  # noqa: E402
+
+if keras.backend.backend() != "jax":
+    pytest.skip("the JAX backend only", allow_module_level=True)
+
+import jax.numpy as jnp  # noqa: E402
+
+from keras_bn.kernels import jax as kernels  # noqa: E402
+from keras_bn.kernels import reference  # noqa: E402
+
+EPSILON = 1e-3
+
+
+def _normalize(inputs, gamma, beta, mask=None, axis=-1):
+    return kernels.normalize_batch(
+        inputs,
+        gamma,
+        beta,
+        axis=axis % inputs.ndim,
+        epsilon=EPSILON,
+        mask=mask,
+    )[0]
+
+
+def _random(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_backward_pass_keeps_inputs_mask_and_vectors_only(dtype, masked):
+    inputs = jnp.asarray(_random((16, 8, 8, 32)), dtype)
+    mask = jnp.ones((16, 8, 1, 1), bool) if masked else None
+    vector = jnp.ones(32)
+    _, pullback = jax.vjp(
+        lambda x, g, b: _normalize(x, g, b, mask), inputs, vector, vector
+    )
+    saved = sum(leaf.nbytes for leaf in jax.tree.leaves(pullback))
+    allowed = inputs.nbytes + (mask.nbytes if masked else 0)
+    vectors = 8 * vector.nbytes
+    assert allowed <= saved <= allowed + vectors
+
+
+def test_no_float32_copy_of_bfloat16_inputs():
+    inputs = jnp.zeros((64, 16, 16, 32), jnp.bfloat16)
+    vector = jnp.ones(32)
+
+    def forward_and_backward(x, g, b, dy):
+        outputs, pullback = jax.vjp(_normalize, x, g, b)
+        return outputs, pullback(dy)
+
+    compiled = (
+        jax.jit(forward_and_backward)
+        .lower(inputs, vector, vector, inputs)
+        .compile()
+    )
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < 2 * inputs.nbytes
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_second_and_third_derivatives(masked):
+    shape = (6, 5, 3)
+    inputs, weights = _random(shape), _random(shape, 1)
+    mask = _random(shape, 2) > -0.5 if masked else None
+    gamma, beta = _random(3, 3), _random(3, 4)
+
+    def plain(x, g, b):
+        counts = jnp.ones(shape, bool) if mask is None else mask
+        mean = jnp.mean(x, (0, 1), where=counts)
+        variance = jnp.var(x, (0, 1), where=counts)
+        return (x - mean) / jnp.sqrt(variance + EPSILON) * g + b
+
+    def derivative(function, order):
+        value = lambda *a: jnp.sum(jnp.sin(function(*a)) * weights)  # noqa: E731
+        for _ in range(order - 1):
+            value = _sum_of_gradients(value)
+        return jax.jit(jax.grad(value, (0, 1, 2)))(inputs, gamma, beta)
+
+    def ours(x, g, b):
+        return _normalize(x, g, b, mask)
+
+    for order in (2, 3):
+        for ours_, plain_ in zip(
+            derivative(ours, order), derivative(plain, order)
+        ):
+            scale = np.abs(plain_).max()
+            np.testing.assert_allclose(ours_, plain_, 1e-3, 1e-4 * scale)
+
+
+def _sum_of_gradients(function):
+    return lambda *a: sum(
+        jnp.sum(jnp.cos(g) * g) for g in jax.grad(function, (0, 1, 2))(*a)
+    )
+
+
+def test_vmap_and_scan():
+    inputs = _random((3, 40, 4)) + 100
+    expected = np.stack(
+        [
+            reference.normalize_batch(x, None, None, axis=1, epsilon=EPSILON)[0]
+            for x in inputs
+        ]
+    )
+    mapped = jax.vmap(lambda x: _normalize(x, None, None))(inputs)
+    _, scanned = jax.lax.scan(
+        lambda carry, x: (carry, _normalize(x, None, None)), 0, inputs
+    )
+    np.testing.assert_allclose(mapped, expected, atol=1e-4)
+    np.testing.assert_allclose(scanned, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: x.__setitem__(slice(None, 128), -1e6),
+        lambda x: x.__setitem__(128, 1e10),
+        lambda x: x.__setitem__(slice(128, None, 256), 0),
+        lambda x: x.__setitem__(slice(None), 1e4 / 3),
+    ],
+    ids=["outliers first", "sampled outlier", "sampled zeros", "constant"],
+)
+def test_moments_where_the_sampled_shift_misleads(spoil):
+    inputs = _random((4096, 8)) + np.float32(1e4)
+    spoil(inputs)
+    mean, variance, _ = jax.jit(lambda x: kernels.batch_moments(x, axis=1))(
+        inputs
+    )
+    expected_mean, expected_variance, _ = reference.batch_moments(
+        inputs, axis=1
+    )
+    np.testing.assert_allclose(mean, expected_mean, 1e-6)
+    np.testing.assert_allclose(variance, expected_variance, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 8, 8, 16), (64, 48)])
+def test_batch_sharding_reduces_vectors_and_gathers_nothing(shape):
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("one device")
+    mesh = jax.sharding.Mesh(np.array(devices[:2]), ("batch",))
+    sharding = jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec("batch")
+    )
+    inputs = jax.device_put(_random(shape), sharding)
+    vector = jnp.ones(shape[-1])
+
+    @jax.jit
+    def forward_and_backward(x, g, b, dy):
+        outputs, pullback = jax.vjp(_normalize, x, g, b)
+        return outputs, pullback(dy)
+
+    arguments = inputs, vector, vector, inputs
+    text = forward_and_backward.lower(*arguments).compile().as_text()
+    assert not re.search(r"all-gather|all-to-all|collective-permute", text)
+    outputs, gradients = forward_and_backward(*arguments)
+    assert outputs.sharding == gradients[0].sharding == sharding
+    expected = reference.normalize_batch(
+        inputs, None, None, axis=len(shape) - 1, epsilon=EPSILON
+    )[0]
+    np.testing.assert_allclose(outputs, expected + 1, atol=1e-4)
+
+
+def test_synchronized_is_refused():
+    with pytest.raises(ValueError, match="Received: synchronized=True"):
+        kernels.batch_moments(jnp.ones((2, 3)), axis=1, synchronized=True)

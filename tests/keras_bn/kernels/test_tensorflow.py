@@ -1,0 +1,153 @@
+"""What only TensorFlow has: unknown shapes in graphs, XLA, SavedModel."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_bn
+from keras_bn import kernels
+from keras_bn.kernels import reference
+
+EPSILON = 1e-3
+
+
+def _mask(generator, shape, axis):
+    mask = [1 if i == axis else n for i, n in enumerate(shape)]
+    return generator.random(mask) < 0.6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "known, axis",
+    [((None, None, None, 3), 3), ((None, 3, None, None), 1)]
+    + [((None, 4), 1), ((None, 5, 3), 2), ((None, None, 3), 2)],
+)
+@pytest.mark.parametrize("far", [0.0, 100.0])
+def test_one_graph_for_all_shapes(known, axis, masked, dtype, far):
+    """The empty batch and the batch of one among them."""
+    channels = known[axis]
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec(known, dtype),
+            tf.TensorSpec(known, dtype),
+            tf.TensorSpec(
+                [1 if i == axis else n for i, n in enumerate(known)], tf.bool
+            ),
+        ]
+    )
+    def step(inputs, gradient, mask):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs, *moments = kernels.normalize_batch(
+                inputs,
+                None,
+                None,
+                axis=axis,
+                epsilon=EPSILON,
+                mask=mask if masked else None,
+            )
+        return outputs, *moments, tape.gradient(outputs, inputs, gradient)
+
+    generator = np.random.default_rng(0)
+    for sizes in [(4, 2, 3), (1, 1, 1), (2, 7, 1), (0, 2, 3)]:
+        sizes = list(sizes[: len(known) - 1])
+        shape = [n or sizes.pop(0) for n in known]
+        inputs = tf.constant(generator.normal(far, 2.0, shape), dtype)
+        gradient = tf.constant(generator.normal(size=shape), dtype)
+        mask = _mask(generator, shape, axis)
+        outputs, mean, variance, count, of_inputs = step(inputs, gradient, mask)
+        inputs = tf.cast(inputs, tf.float64).numpy()
+        settings = {"axis": axis, "mask": mask if masked else None}
+        expected = reference.normalize_batch(
+            inputs, None, None, epsilon=EPSILON, **settings
+        )
+        assert outputs.shape == inputs.shape
+        unit = 2.0**-7 if dtype == "bfloat16" else 2e-5
+        np.testing.assert_allclose(
+            tf.cast(outputs, tf.float64), expected[0], unit, unit + 3e-6 * far
+        )
+        np.testing.assert_allclose(mean, expected[1], 1e-5, 1e-5)
+        np.testing.assert_allclose(variance, expected[2], 1e-4, 1e-7)
+        np.testing.assert_array_equal(
+            np.broadcast_to(count, [channels]), expected[3]
+        )
+        of_expected, *_ = reference.normalize_batch_gradient(
+            tf.cast(gradient, tf.float64).numpy(),
+            inputs,
+            None,
+            epsilon=EPSILON,
+            **settings,
+        )
+        scale = np.abs(1 / np.sqrt(expected[2] + EPSILON)).max()
+        np.testing.assert_allclose(
+            tf.cast(of_inputs, tf.float64),
+            of_expected,
+            unit,
+            4 * scale * (unit + 1e-6 * far),
+        )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("far", [0.0, 1e4])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_under_xla(masked, far, dtype):
+    generator = np.random.default_rng(0)
+    shape = (16, 8, 8, 3)
+    inputs = tf.constant(generator.normal(far, 1.0, shape), dtype)
+    mask = _mask(generator, shape, 3) if masked else None
+    step = tf.function(
+        lambda x: kernels.normalize_batch(
+            x, None, None, axis=3, epsilon=EPSILON, mask=mask
+        ),
+        jit_compile=True,
+    )
+    outputs, mean, variance, _ = step(inputs)
+    expected = reference.normalize_batch(
+        tf.cast(inputs, tf.float64).numpy(),
+        None,
+        None,
+        axis=3,
+        epsilon=EPSILON,
+        mask=mask,
+    )
+    np.testing.assert_allclose(mean, expected[1], 4e-7, 1e-6)
+    np.testing.assert_allclose(variance, expected[2], 1e-4)
+    unit = 2.0**-7 if dtype == "bfloat16" else 1e-4
+    shift = 4e-7 * far / np.sqrt(expected[2] + EPSILON).min()
+    np.testing.assert_allclose(
+        tf.cast(outputs, tf.float64), expected[0], unit, unit + shift
+    )
+
+
+def test_export_to_saved_model(tmp_path):
+    inputs = keras.Input((None, None, 3))
+    x = keras_bn.BatchNormalization(renorm=True)(inputs)
+    model = keras.Model(inputs, keras_bn.BatchNormalization(axis=-1)(x))
+    values = np.random.default_rng(0).normal(2, 3, (8, 4, 5, 3))
+    values = values.astype("float32")
+    model(values, training=True)
+    model.export(tmp_path / "exported", verbose=False)
+    loaded = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(
+        loaded.serve(values), model(values), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_synchronized_without_replicas_changes_nothing():
+    values = np.random.default_rng(0).normal(2, 3, (8, 4, 5, 3))
+    layers = [
+        layer(synchronized=synchronized, momentum=0.5)
+        for layer in (
+            keras.layers.BatchNormalization,
+            keras_bn.BatchNormalization,
+        )
+        for synchronized in (False, True)
+    ]
+    results = [layer(values, training=True) for layer in layers]
+    for layer, outputs in zip(layers, results):
+        np.testing.assert_allclose(outputs, results[0], 1e-4, 1e-5)
+        for a, b in zip(layer.get_weights(), layers[0].get_weights()):
+            np.testing.assert_allclose(a, b, 1e-5, 1e-6)

@@ -1,0 +1,177 @@
+"""Errors say what was received, in one line, and Keras's stay Keras's."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_bn
+
+OURS = keras_bn.BatchNormalization
+
+
+@pytest.mark.parametrize(
+    "kwargs, received",
+    [
+        ({"axis": 1.5}, "axis=1.5"),
+        ({"axis": "last"}, "axis='last'"),
+        ({"axis": None}, "axis=None"),
+        ({"axis": True}, "axis=True"),
+        ({"axis": (1, 2)}, "axis=(1, 2)"),
+        ({"axis": [1]}, "axis=[1]"),
+        ({"axis": float("nan")}, "axis=nan"),
+        ({"momentum": 1.5}, "momentum=1.5"),
+        ({"momentum": -0.1}, "momentum=-0.1"),
+        ({"momentum": float("nan")}, "momentum=nan"),
+        ({"momentum": None}, "momentum=None"),
+        ({"epsilon": -1e-3}, "epsilon=-0.001"),
+        ({"epsilon": float("inf")}, "epsilon=inf"),
+        ({"epsilon": float("nan")}, "epsilon=nan"),
+        ({"renorm_momentum": 2}, "renorm_momentum=2"),
+        ({"axis_name": "batch"}, "axis_name='batch'"),
+        ({"virtual_batch_size": 8}, "virtual_batch_size=8"),
+        ({"unbiased_variance": True}, "unbiased_variance=True"),
+        ({"debias": True}, "debias=True"),
+        (
+            {"renorm": True, "renorm_clipping": {"max": 1}},
+            "{'max': 1}",
+        ),
+        (
+            {"renorm": True, "renorm_clipping": {"rmax": 1, "rmin": 2}},
+            "rmax=1, rmin=2",
+        ),
+        ({"renorm": True, "renorm_clipping": {"dmax": -1}}, "dmax=-1"),
+    ],
+    ids=lambda v: str(v),
+)
+def test_arguments(kwargs, received):
+    with pytest.raises(ValueError) as error:
+        OURS(**kwargs)
+    message = str(error.value)
+    assert received in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["momentum", "epsilon", "renorm_momentum"])
+@pytest.mark.parametrize("value", ["much", None, [0.5]])
+def test_numbers_that_are_not(name, value):
+    """Whatever the kind of error, it names the argument."""
+    with pytest.raises((TypeError, ValueError), match=name):
+        OURS(**{name: value})
+
+
+def test_an_integral_float_is_an_axis():
+    """As `numpy` arithmetic gives them; Keras takes these as well."""
+    for axis in (1.0, np.int64(1), np.float32(1)):
+        layer = OURS(axis=axis)
+        assert layer.axis == 1
+        assert type(layer.get_config()["axis"]) is int
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"renorm": True, "renorm_clipping": {"max": 1}}, "invalid keys"),
+        (
+            {"renorm": True, "renorm_clipping": {"rmax": 1, "rmin": 2}},
+            "rmax should be greater than rmin",
+        ),
+        (
+            {"renorm": True, "renorm_clipping": {"dmax": -1}},
+            "dmax should be non-negative",
+        ),
+    ],
+    ids=str,
+)
+def test_errors_that_keras_has_too(kwargs, message):
+    for layer in (keras.layers.BatchNormalization, OURS):
+        with pytest.raises(ValueError, match=message):
+            layer(**kwargs)
+
+
+def test_clipping_is_not_looked_at_without_renorm():
+    for layer in (keras.layers.BatchNormalization, OURS):
+        assert layer(renorm_clipping={"max": 1}).renorm_clipping == {"max": 1}
+
+
+if keras.backend.backend() != "tensorflow":
+
+    def test_synchronized_elsewhere_than_on_tensorflow():
+        for layer in (keras.layers.BatchNormalization, OURS):
+            with pytest.raises(ValueError, match="synchronized=True"):
+                layer(synchronized=True)
+
+
+@pytest.mark.parametrize("axis", [3, -4, 100])
+def test_an_axis_the_inputs_do_not_have(axis):
+    with pytest.raises(ValueError) as error:
+        OURS(axis=axis)(np.ones((2, 3, 4), "float32"))
+    assert f"axis={axis}" in str(error.value)
+    assert "(2, 3, 4)" in str(error.value)
+    for layer in (keras.layers.BatchNormalization, OURS):
+        with pytest.raises(ValueError, match="out of bounds"):
+            layer(axis=axis).compute_output_shape((2, 3, 4))
+
+
+@pytest.mark.parametrize("shape", [(3,), ()])
+def test_a_rank_below_two(shape):
+    with pytest.raises(ValueError, match="rank 2") as error:
+        OURS().build(shape)
+    assert str(shape) in str(error.value)
+
+
+def test_an_unknown_number_of_channels():
+    inputs = keras.Input((None, None))
+    with pytest.raises(ValueError, match="must be known") as error:
+        OURS()(inputs)
+    assert "(None, None, None)" in str(error.value)
+    with pytest.raises(ValueError, match="must be known"):
+        OURS(axis=1)(inputs)
+
+
+def test_inputs_unlike_those_it_was_built_for():
+    layer = OURS()
+    layer.build((None, 4, 3))
+    with pytest.raises(ValueError, match="ndim"):
+        layer(np.ones((2, 3), "float32"))
+    with pytest.raises(ValueError, match="axis"):
+        layer(np.ones((2, 4, 5), "float32"))
+
+
+@pytest.mark.parametrize(
+    "shape, axis, mask_shape, message",
+    [
+        ((4, 6, 3), -1, (4, 5), "broadcastable"),
+        ((4, 6, 3), -1, (4, 6, 2), "broadcastable"),
+        ((4, 6, 3), -1, (4,), "one dimension less"),
+        ((4, 6, 3), -1, (4, 6, 3, 1), "one dimension less"),
+        ((4, 6, 6), 1, (4, 6), "both fit"),
+        ((4, 3, 6), 1, (4, 5), "broadcastable"),
+    ],
+)
+def test_a_mask_of_another_shape(shape, axis, mask_shape, message):
+    layer = OURS(axis=axis)
+    for training in (True, False):
+        with pytest.raises(ValueError, match=message) as error:
+            layer(
+                np.ones(shape, "float32"),
+                training=training,
+                mask=np.ones(mask_shape, bool),
+            )
+        first = str(error.value)
+        for part in (f"{mask_shape}", f"{shape}"):
+            assert part in first, first
+
+
+def test_a_backend_that_is_not_supported():
+    """In a process of its own: the backend is chosen at import."""
+    script = "import os; os.environ['KERAS_BACKEND'] = 'numpy'\nimport keras_bn"
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True
+    )
+    assert process.returncode != 0
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert "Received: 'numpy'" in last
