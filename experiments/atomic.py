@@ -48,8 +48,11 @@ def check_writable(path: Path | str) -> None:
     with _one_line(path):
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        # Tried on what exists: nothing is made for a program that then fails.
+        folder = path.parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
             pass
 
 

@@ -105,6 +105,10 @@ def check_output(settings: Settings, output: Path | str) -> None:
     Raises:
         ExperimentError: it cannot be.
     """
+    if not str(output):
+        raise ExperimentError(
+            "output is the folder of all results. Received: an empty one"
+        )
     atomic.check_writable(settings.folder(output) / "run.json")
 
 

@@ -4,6 +4,7 @@ import math
 import numbers
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_bn import kernels
@@ -150,8 +151,6 @@ class BatchNormalization(keras.layers.Layer):
         self.beta = None
         self.moving_mean = None
         self.moving_variance = None
-        self._moving_average = ExponentialMovingAverage(self.momentum)
-        self._renorm_average = ExponentialMovingAverage(self.renorm_momentum)
 
     def build(self, input_shape):
         axis = _axis_within(self.axis, input_shape)
@@ -214,7 +213,7 @@ class BatchNormalization(keras.layers.Layer):
         return self.add_weight(
             shape=(channels,),
             name=name,
-            dtype=keras.backend.result_type(self.variable_dtype, "float32"),
+            dtype=_moments_dtype(self.variable_dtype),
             initializer=initializer,
             trainable=False,
             autocast=False,
@@ -227,11 +226,17 @@ class BatchNormalization(keras.layers.Layer):
     def call(self, inputs, training=None, mask=None):
         inputs = ops.convert_to_tensor(inputs)
         axis = self.axis % len(inputs.shape)
+        if inputs.shape[axis] is None:
+            raise ValueError(
+                f"The size of axis {self.axis}, the channel axis, must be "
+                "known when the layer is called. Received: inputs.shape="
+                f"{tuple(inputs.shape)}. Give the tensor that static size."
+            )
         if mask is not None:
             mask = _full_rank_mask(mask, inputs.shape, axis)
         if keras.backend.standardize_dtype(inputs.dtype) not in _FLOATS:
             inputs = ops.cast(inputs, self.compute_dtype)
-        dtype = keras.backend.result_type(inputs.dtype, "float32")
+        dtype = _moments_dtype(inputs.dtype)
         gamma = ops.cast(self.gamma, dtype) if self.scale else None
         beta = ops.cast(self.beta, dtype) if self.center else None
 
@@ -260,8 +265,9 @@ class BatchNormalization(keras.layers.Layer):
             inputs, gamma, beta, epsilon=self.epsilon, moments=moments, **batch
         )
         if not self.renorm:
-            self._moving_average.update(self.moving_mean, mean, count)
-            self._moving_average.update(self.moving_variance, variance, count)
+            average = ExponentialMovingAverage(self.momentum)
+            average.update(self.moving_mean, mean, count)
+            average.update(self.moving_variance, variance, count)
         return ops.cast(outputs, self.compute_dtype)
 
     def _renormalized(self, gamma, beta, mean, variance, count):
@@ -288,10 +294,12 @@ class BatchNormalization(keras.layers.Layer):
             d = ops.clip(d, -dmax, dmax)
         r, d = ops.stop_gradient(r), ops.stop_gradient(d)
 
-        self._renorm_average.update(self.renorm_mean, mean, count)
-        self._renorm_average.update(self.renorm_stddev, stddev, count)
-        self._moving_average.update(self.moving_mean, mean, count)
-        self._moving_average.update(self.moving_stddev, stddev, count)
+        average = ExponentialMovingAverage(self.renorm_momentum)
+        average.update(self.renorm_mean, mean, count)
+        average.update(self.renorm_stddev, stddev, count)
+        average = ExponentialMovingAverage(self.momentum)
+        average.update(self.moving_mean, mean, count)
+        average.update(self.moving_stddev, stddev, count)
         moving_stddev = ops.cast(self.moving_stddev, mean.dtype)
         assign_where_counted(
             self.moving_variance,
@@ -355,6 +363,8 @@ def _integer_axis(axis):
             "Several channel axes are not available in this version of "
             f"keras_bn. Received: axis={axis!r}. Give one int."
         )
+    if isinstance(axis, np.ndarray) and axis.ndim == 0:
+        axis = axis.item()
     whole = isinstance(axis, numbers.Real) and not isinstance(axis, bool)
     if not whole or not float(axis).is_integer():
         raise ValueError(f"`axis` must be an integer. Received: axis={axis!r}.")
@@ -376,6 +386,12 @@ def _axis_within(axis, input_shape):
             f"[{-rank}, {rank - 1}]."
         )
     return axis % rank
+
+
+def _moments_dtype(dtype):
+    # `keras.backend.result_type` narrows float64 on JAX and PyTorch.
+    double = keras.backend.standardize_dtype(dtype) == "float64"
+    return "float64" if double else "float32"
 
 
 def _fraction(name, value):
@@ -437,10 +453,9 @@ def _clone(initializer):
 def _full_rank_mask(mask, shape, axis):
     """Gives a mask the rank of the inputs, of shape `shape`.
 
-    A mask of one axis less is meant for positions and lacks the channel axis.
-    Keras reads it as lacking the last one, and a mask made by
-    `keras.layers.Masking` does. With channels last that is the same; elsewhere
-    the sizes tell, and where they do not nothing is guessed.
+    A mask of one axis less is meant for positions and lacks the channel axis,
+    or, as Keras reads it, the last one. With channels last that is the same;
+    elsewhere the sizes tell, and where they do not nothing is guessed.
     """
     mask = ops.cast(mask, "bool")
     rank = len(shape)
@@ -472,8 +487,7 @@ def _full_rank_mask(mask, shape, axis):
         )
     if len(mask.shape) == rank:
         return mask
-    (shape,) = fitting
-    return ops.expand_dims(mask, -1 if shape == candidates[1] else axis)
+    return ops.expand_dims(mask, -1 if candidates[1] in fitting else axis)
 
 
 def _broadcasts(shape, to):

@@ -26,6 +26,10 @@ _LARGE_MEAN = 30.0
 # too, where they work on a float32 copy (of half a megabyte at most).
 _SMALL = 2**17
 
+# What a size that the graph does not know, as the batch's, is taken for. A
+# `tf.cond` on the true size would stay in every exported model.
+_UNKNOWN_SIZE = 64
+
 
 def batch_moments(inputs, *, axis, mask=None, synchronized=False):
     """Mean, biased variance and count of each channel. See the package."""
@@ -48,10 +52,8 @@ def batch_moments(inputs, *, axis, mask=None, synchronized=False):
         count = _positions(inputs, channels)
         gamma, beta = _defaults(inputs, None, None, axis)
         x = _channels_last(inputs, axis)
-        arguments = (x, gamma, beta, channels, 1.0)
-        _, mean, variance, *_ = _by_size(
-            inputs, lambda: _plain(*arguments), lambda: _fused(*arguments)
-        )
+        normalize = _plain if _is_small(inputs) else _fused
+        _, mean, variance, *_ = normalize(x, gamma, beta, channels, 1.0)
     if synchronized:
         mean, variance, count = _merge_replicas(mean, variance, count)
     return mean, variance, count
@@ -88,30 +90,23 @@ def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
     gamma, beta = _defaults(inputs, gamma, beta, axis)
     rank = inputs.shape.rank
 
-    def multiply_add():
+    # Two passes of multiply-add are cheaper than two transposes.
+    transposed = inputs.dtype == tf.float32 and axis != rank - 1
+    if inputs.dtype == tf.float64 or transposed or _is_small(inputs):
         factor = gamma * tf.math.rsqrt(variance + epsilon)
         offset = beta - mean * factor
         outputs = tf.cast(inputs, mean.dtype) * _along(axis, factor, rank)
         return tf.cast(outputs + _along(axis, offset, rank), inputs.dtype)
-
-    def fused():
-        outputs, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=_channels_last(inputs, axis),
-            scale=gamma,
-            offset=beta,
-            mean=mean,
-            variance=variance,
-            epsilon=epsilon,
-            is_training=False,
-        )
-        return _undo_channels_last(outputs, inputs, axis)
-
-    if inputs.dtype == tf.float64:
-        return multiply_add()
-    if inputs.dtype == tf.float32 and axis != rank - 1:
-        # Two passes of multiply-add are cheaper than two transposes.
-        return multiply_add()
-    return _by_size(inputs, multiply_add, fused)
+    outputs, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=_channels_last(inputs, axis),
+        scale=gamma,
+        offset=beta,
+        mean=mean,
+        variance=variance,
+        epsilon=epsilon,
+        is_training=False,
+    )
+    return _undo_channels_last(outputs, inputs, axis)
 
 
 def _normalize_fused(inputs, gamma, beta, axis, epsilon):
@@ -120,9 +115,9 @@ def _normalize_fused(inputs, gamma, beta, axis, epsilon):
     @tf.custom_gradient
     def normalize(inputs, gamma, beta):
         x = _channels_last(inputs, axis)
-        arguments = (x, gamma, beta, channels, epsilon)
-        outputs, mean, variance, *saved = _by_size(
-            inputs, lambda: _plain(*arguments), lambda: _fused(*arguments)
+        normalize = _plain if _is_small(inputs) else _fused
+        outputs, mean, variance, *saved = normalize(
+            x, gamma, beta, channels, epsilon
         )
 
         def gradient(output_gradient, *_):
@@ -200,14 +195,12 @@ def _plain(x, gamma, beta, channels, epsilon):
     return outputs, mean, variance, mean, variance, tf.zeros([])
 
 
-def _by_size(inputs, small, large):
-    """Calls the one of the two functions that is cheaper for these inputs."""
+def _is_small(inputs):
+    """Whether plain ops are cheaper here than the fused one."""
     if tf.config.list_physical_devices("GPU"):
-        return large()
-    if inputs.shape.is_fully_defined():
-        few = inputs.shape.num_elements() <= _SMALL
-        return small() if few else large()
-    return tf.cond(tf.size(inputs) <= _SMALL, small, large)
+        return False
+    sizes = [_UNKNOWN_SIZE if n is None else n for n in inputs.shape.as_list()]
+    return math.prod(sizes) <= _SMALL
 
 
 def _fused_op(x, gamma, beta, epsilon):
@@ -225,7 +218,7 @@ def _fused_op(x, gamma, beta, epsilon):
 def _undo_bessel(mean, variance, x, channels):
     """From the op's variance, divided by N - 1, to the one divided by N."""
     if x.shape.is_fully_defined() and x.shape.num_elements():
-        count = x.shape.num_elements() // channels
+        count = x.shape.num_elements() // max(channels, 1)
         return mean, variance * ((count - 1) / count)
     # The op says NaN for both moments of an empty batch.
     count = tf.cast(_positions(x, channels), tf.float32)
@@ -241,7 +234,8 @@ def _masked_moments(inputs, mask, axis):
 
     Masked positions are set to one value, which makes all positions two groups
     whose moments merge as in Chan et al.; this is that merge backwards. The
-    first round takes 0 and finds the mean, the second takes the mean.
+    first round takes 0 and finds the mean, the second takes a mean that is not
+    small against the deviation.
     """
     rank = inputs.shape.rank
     channels = inputs.shape[axis]
@@ -256,9 +250,10 @@ def _masked_moments(inputs, mask, axis):
     share = tf.cast(share, dtype)
     count = tf.round(share * positions)
     rate = tf.math.divide_no_nan(positions, count)
-    mean = tf.zeros([channels], dtype)
+    mean = variance = tf.zeros([channels], dtype)
     for _ in range(2):
-        center = tf.cast(mean, inputs.dtype)
+        center = tf.where(tf.square(mean) > variance, mean, 0.0)
+        center = tf.cast(center, inputs.dtype)
         along = _along(axis, center, rank)
         center = tf.cast(center, dtype)
         if inputs.dtype == dtype:
@@ -389,7 +384,7 @@ def _along(axis, vector, rank):
 def _positions(x, channels):
     """How many positions each channel has: an int where the shape is known."""
     if x.shape.is_fully_defined():
-        return x.shape.num_elements() // channels
+        return x.shape.num_elements() // max(channels, 1)
     return tf.cast(tf.size(x) // channels, _moments_type(x.dtype))
 
 

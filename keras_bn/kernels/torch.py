@@ -492,11 +492,14 @@ def _flatten(tensor, axis, order):
 
 
 def _unflatten(flat, like, order):
-    """Undoes `_flatten`."""
+    """Undoes `_flatten`, in place: PyTorch lets nobody write to a view that a
+    custom function returns."""
     if order is None:
-        return flat.view(like.shape)
+        return flat.resize_(like.shape)
+    shape = [like.shape[i] for i in order]
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return flat.view([like.shape[i] for i in order]).permute(inverse)
+    return flat.as_strided_(like.shape, [strides[i] for i in inverse])
 
 
 def _column(vector, x):

@@ -361,6 +361,20 @@ def test_short_dtypes_keep_float32_statistics(policy):
     )
 
 
+def test_weights_are_not_rounded_to_the_compute_dtype():
+    """In bfloat16 this gamma is 1 and nothing would be left."""
+    layer = OURS(dtype="mixed_bfloat16", epsilon=0.0)
+    layer.build((4, 3))
+    layer.gamma.assign([1 + 2.0**-9] * 3)
+    layer.beta.assign([-1.0] * 3)
+    outputs = layer(frameworks.tensor(np.ones((4, 3)), "bfloat16"))
+    np.testing.assert_array_equal(frameworks.array(outputs), 2.0**-9)
+    layer.gamma.assign([1.0] * 3)
+    layer.beta.assign([-1.0 - 2.0**-9] * 3)
+    outputs = layer(frameworks.tensor(np.ones((4, 3)), "bfloat16"))
+    np.testing.assert_array_equal(frameworks.array(outputs), -(2.0**-9))
+
+
 def test_autocast_is_that_of_keras():
     inputs = frameworks.tensor(np.ones((4, 3)), "float32")
     for autocast in (True, False):
