@@ -11,7 +11,7 @@ from keras_bn import kernels
 from keras_bn.moving_statistics import ExponentialMovingAverage
 from keras_bn.moving_statistics import assign_where_counted
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
@@ -234,7 +234,9 @@ class BatchNormalization(keras.layers.Layer):
             )
         if mask is not None:
             mask = _full_rank_mask(mask, inputs.shape, axis)
-        if keras.backend.standardize_dtype(inputs.dtype) not in _FLOATS:
+        bits = _BITS.get(keras.backend.standardize_dtype(inputs.dtype), 0)
+        if bits < _BITS[self.compute_dtype]:
+            # As autocast does, which `stateless_call` goes around.
             inputs = ops.cast(inputs, self.compute_dtype)
         dtype = _moments_dtype(inputs.dtype)
         gamma = ops.cast(self.gamma, dtype) if self.scale else None
