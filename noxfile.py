@@ -15,10 +15,12 @@ VERSIONS = ("--constraint", ".ci/constraints.txt")
 # their environments name the rest of the `experiments` extra.
 PROGRAMS = [
     "array-record",
+    "importlib-resources",
     "matplotlib",
     "pillow",
     "rich",
     "scikit-learn",
+    "tensorboard",
     "tensorflow-datasets",
     "tqdm",
 ]
