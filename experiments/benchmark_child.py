@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -39,8 +40,9 @@ def interleaved(
 ) -> dict[str, Timings]:
     """Times several calls in turn, over and over.
 
-    Each repetition times every call once, and each starts with the next
-    call, so that a slow spell of the machine falls on all alike.
+    Each repetition times every call once, in an order of its own, so that a
+    slow spell of the machine, and a cache that the call before it has filled
+    with something else, fall on all alike.
 
     Args:
         calls: from a name to a call without arguments.
@@ -61,13 +63,13 @@ def interleaved(
             1, math.ceil(SHORTEST_MEASUREMENT_SECONDS / seconds)
         )
     timings = {name: Timings([], []) for name in calls}
-    names = list(calls)
+    names, order = list(calls), random.Random(0)
     gc.collect()
     gc.disable()
     try:
-        for repetition in range(repetitions):
-            turn = repetition % len(names)
-            for name in names[turn:] + names[:turn]:
+        for _ in range(repetitions):
+            order.shuffle(names)
+            for name in names:
                 call, number = calls[name], numbers[name]
                 cpu, wall = time.process_time(), time.perf_counter()
                 for _ in range(number):

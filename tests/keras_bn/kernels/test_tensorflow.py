@@ -1,15 +1,64 @@
 """What only TensorFlow has: unknown shapes in graphs, XLA, SavedModel."""
 
+import contextlib
+from unittest import mock
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given
 
 import keras_bn
 from keras_bn import kernels
 from keras_bn.kernels import reference
+from keras_bn.kernels import tensorflow as tensorflow_kernels
+from tests.keras_bn.cases import cases
+from tests.keras_bn.kernels.test_kernels import check
 
 EPSILON = 1e-3
+
+
+def _fused_at_any_size():
+    """Small inputs take plain ops instead of the fused one; not in here."""
+    return mock.patch.object(tensorflow_kernels, "_SMALL", -1)
+
+
+@given(cases(dtypes=("float16", "bfloat16", "float32")))
+def test_the_fused_op_over_generated_cases(case):
+    with _fused_at_any_size():
+        check(case)
+
+
+@given(cases(dtypes=("float16", "bfloat16", "float32"), masks=(None,)))
+def test_the_fused_op_in_a_graph_of_known_shape(case):
+    data = case.data()
+    inputs = tf.constant(data[0], case.dtype)
+
+    @tf.function
+    def step():
+        results = kernels.normalize_batch(
+            inputs, None, None, axis=case.axis, epsilon=case.epsilon
+        )
+        again = kernels.batch_moments(inputs, axis=case.axis)
+        return *results, *again
+
+    with _fused_at_any_size():
+        outputs, mean, variance, _, again_mean, again_variance, _ = step()
+    expected = reference.normalize_batch(
+        data[0], None, None, axis=case.axis, epsilon=case.epsilon
+    )
+    unit = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-4}[case.dtype]
+    scale = 1 + np.abs(data[0]).max(initial=0.0)
+    np.testing.assert_allclose(
+        tf.cast(outputs, tf.float64), expected[0], unit, unit
+    )
+    for value in (mean, again_mean):
+        np.testing.assert_allclose(value, expected[1], 1e-5, 1e-6 * scale)
+    for value in (variance, again_variance):
+        np.testing.assert_allclose(
+            value, expected[2], 1e-4, (1e-5 * scale) ** 2
+        )
 
 
 def _mask(generator, shape, axis):
@@ -25,8 +74,14 @@ def _mask(generator, shape, axis):
     + [((None, 4), 1), ((None, 5, 3), 2), ((None, None, 3), 2)],
 )
 @pytest.mark.parametrize("far", [0.0, 100.0])
-def test_one_graph_for_all_shapes(known, axis, masked, dtype, far):
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_graph_for_all_shapes(known, axis, masked, dtype, far, fused):
     """The empty batch and the batch of one among them."""
+    with _fused_at_any_size() if fused else contextlib.nullcontext():
+        check_one_graph(known, axis, masked, dtype, far)
+
+
+def check_one_graph(known, axis, masked, dtype, far):
     channels = known[axis]
 
     @tf.function(
