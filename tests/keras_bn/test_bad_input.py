@@ -1,7 +1,6 @@
 """Errors say what was received, in one line, and Keras's stay Keras's."""
 
-import subprocess
-import sys
+import runpy
 
 import keras
 import numpy as np
@@ -165,13 +164,9 @@ def test_a_mask_of_another_shape(shape, axis, mask_shape, message):
             assert part in first, first
 
 
-def test_a_backend_that_is_not_supported():
-    """In a process of its own: the backend is chosen at import."""
-    script = "import os; os.environ['KERAS_BACKEND'] = 'numpy'\nimport keras_bn"
-    process = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True
-    )
-    assert process.returncode != 0
-    last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: ")
-    assert "Received: 'numpy'" in last
+def test_a_backend_that_is_not_supported(monkeypatch):
+    # Keras's own numpy backend imports JAX, so it is only named here.
+    monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
+    with pytest.raises(ImportError, match="Received: 'numpy'") as error:
+        runpy.run_path(keras_bn.kernels.__file__)
+    assert "\n" not in str(error.value)
