@@ -12,7 +12,7 @@ from hypothesis import given
 import keras_bn
 from keras_bn import kernels
 from keras_bn.kernels import reference
-from keras_bn.kernels import tensorflow as tensorflow_kernels
+from keras_bn.kernels.tensorflow import views
 from tests.keras_bn.cases import cases
 from tests.keras_bn.kernels.test_kernels import check
 
@@ -21,7 +21,7 @@ EPSILON = 1e-3
 
 def _fused_at_any_size():
     """Small inputs take plain ops instead of the fused one; not in here."""
-    return mock.patch.object(tensorflow_kernels, "_SMALL", -1)
+    return mock.patch.object(views, "_SMALL", -1)
 
 
 @given(cases(dtypes=("float16", "bfloat16", "float32")))

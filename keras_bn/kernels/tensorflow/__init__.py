@@ -1,0 +1,193 @@
+"""TensorFlow kernels, on the fused op that Keras 3 no longer uses.
+
+`fused.py` is the road of a plain batch. float64 has no fused kernel; float64,
+masked and synchronized batches take the same steps with moments found on their
+own and a gradient in plain ops (`plain.py`).
+"""
+
+import tensorflow as tf
+
+from keras_bn.kernels.tensorflow import fused
+from keras_bn.kernels.tensorflow import plain
+from keras_bn.kernels.tensorflow.views import along
+from keras_bn.kernels.tensorflow.views import is_small
+from keras_bn.kernels.tensorflow.views import moments_type
+from keras_bn.kernels.tensorflow.views import positions
+
+
+def batch_moments(inputs, *, axis, mask=None, synchronized=False):
+    """Mean, biased variance and count of each channel. See the package."""
+    inputs = tf.stop_gradient(inputs)
+    if mask is not None:
+        moments = _masked_moments(inputs, mask, axis)
+    elif inputs.dtype == tf.float64:
+        moments = plain.moments(inputs, axis)
+    else:
+        moments = fused.moments(inputs, axis)
+    return _merge_replicas(*moments) if synchronized else moments
+
+
+def normalize_batch(
+    inputs,
+    gamma,
+    beta,
+    *,
+    axis,
+    epsilon,
+    mask=None,
+    moments=None,
+    synchronized=False,
+):
+    """Normalizes with the moments of the batch. See the package."""
+    gamma, beta = _defaults(inputs, gamma, beta, axis)
+    own = mask is None and moments is None and not synchronized
+    if own and inputs.dtype != tf.float64:
+        return fused.normalize(inputs, gamma, beta, axis, epsilon)
+    if moments is None:
+        moments = batch_moments(
+            inputs, axis=axis, mask=mask, synchronized=synchronized
+        )
+    outputs = _normalize_composed(
+        inputs, gamma, beta, moments, mask, axis, epsilon, synchronized
+    )
+    return outputs, *moments
+
+
+def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
+    """Normalizes with given moments. See the package."""
+    gamma, beta = _defaults(inputs, gamma, beta, axis)
+    road = plain if inputs.dtype == tf.float64 else fused
+    return road.normalize_with(
+        inputs, mean, variance, gamma, beta, axis=axis, epsilon=epsilon
+    )
+
+
+def _masked_moments(inputs, mask, axis):
+    """Moments of the positions where `mask` is True, in two rounds.
+
+    Masked positions are set to one value, which makes all positions two groups
+    whose moments merge as in Chan et al.; this is that merge backwards. The
+    first round takes 0 and finds the mean, the second takes a mean that is not
+    small against the deviation.
+    """
+    rank = inputs.shape.rank
+    channels = inputs.shape[axis]
+    dtype = moments_type(inputs.dtype)
+    all_positions = tf.cast(positions(inputs, channels), dtype)
+    # float32 would not count beyond 2**24.
+    total = tf.reduce_sum(
+        tf.cast(mask, tf.float64), [i for i in range(rank) if i != axis]
+    )
+    of = tf.cast(tf.size(mask) // tf.shape(mask)[axis], tf.float64)
+    share = tf.broadcast_to(tf.math.divide_no_nan(total, of), [channels])
+    share = tf.cast(share, dtype)
+    count = tf.round(share * all_positions)
+    rate = tf.math.divide_no_nan(all_positions, count)
+    mean = variance = tf.zeros([channels], dtype)
+    for _ in range(2):
+        center = tf.where(tf.square(mean) > variance, mean, 0.0)
+        center = tf.cast(center, inputs.dtype)
+        shift = along(axis, center, rank)
+        center = tf.cast(center, dtype)
+        if inputs.dtype == dtype:
+            zero = tf.zeros([], dtype)
+            moved = tf.where(mask, inputs - shift, zero)
+            deviation, variance = _moments_of_moved(moved, axis)
+        else:
+            # A difference of short floats is rounded; filling in is exact.
+            moved = tf.where(mask, inputs, shift)
+            deviation, variance = _moments_of_moved(moved, axis)
+            deviation = deviation - center
+        deviation = deviation * rate
+        mean = center + deviation
+        variance = rate * variance - tf.square(deviation) * (1.0 - share)
+    return mean, tf.maximum(variance, 0.0), count
+
+
+def _moments_of_moved(inputs, axis):
+    if inputs.dtype == tf.float64 or is_small(inputs):
+        mean, variance, _ = batch_moments(inputs, axis=axis)
+        return mean, variance
+    return fused.grouped_moments(inputs, axis)
+
+
+def _normalize_composed(
+    inputs, gamma, beta, moments, mask, axis, epsilon, synchronized
+):
+    """Normalizes with moments of these inputs; the gradient is in plain ops.
+
+    Only the inputs and the mask are kept for it.
+    """
+    reduced = [i for i in range(inputs.shape.rank) if i != axis]
+    mean, variance, count = moments
+
+    def total(x):
+        x = tf.reduce_sum(x, reduced)
+        context = _replica_context() if synchronized else None
+        if context is None:
+            return x
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, x)
+
+    @tf.custom_gradient
+    def normalize(inputs, gamma, beta):
+        outputs = normalize_with(
+            inputs, mean, variance, gamma, beta, axis=axis, epsilon=epsilon
+        )
+
+        def gradient(output_gradient):
+            return plain.gradients(
+                output_gradient,
+                inputs,
+                gamma,
+                mean,
+                count,
+                axis=axis,
+                epsilon=epsilon,
+                mask=mask,
+                total=total,
+            )
+
+        return outputs, gradient
+
+    return normalize(inputs, gamma, beta)
+
+
+def _replica_context():
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return None
+    return context
+
+
+def _merge_replicas(mean, variance, count):
+    """Merges the replicas' moments exactly, with one collective.
+
+    Each replica fills one row of a table of counts, means and variances; the
+    sum over replicas is the whole table (Chan et al. for the merge).
+    """
+    context = _replica_context()
+    if context is None:
+        return mean, variance, count
+    replicas = context.num_replicas_in_sync
+    channels = mean.shape[0]
+    count = tf.broadcast_to(tf.cast(count, mean.dtype), [channels])
+    row = tf.concat([count, mean, variance], axis=0)
+    replica = tf.reshape(context.replica_id_in_sync_group, [1, 1])
+    table = tf.scatter_nd(replica, row[None], [replicas, 3 * channels])
+    table = context.all_reduce(tf.distribute.ReduceOp.SUM, table)
+    counts, means, variances = tf.split(table, 3, axis=1)
+    count = tf.reduce_sum(counts, 0)
+    share = counts / tf.maximum(count, 1.0)
+    mean = tf.reduce_sum(share * means, 0)
+    mean += tf.reduce_sum(share * (means - mean), 0)
+    variance = tf.reduce_sum(
+        share * (variances + tf.square(means - mean)), 0
+    )
+    return mean, variance, count
+
+
+def _defaults(inputs, gamma, beta, axis):
+    shape, dtype = [inputs.shape[axis]], moments_type(inputs.dtype)
+    gamma = tf.ones(shape, dtype) if gamma is None else gamma
+    beta = tf.zeros(shape, dtype) if beta is None else beta
+    return gamma, beta

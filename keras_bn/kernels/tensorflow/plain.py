@@ -1,0 +1,115 @@
+"""Batch normalization in plain TensorFlow ops."""
+
+import tensorflow as tf
+
+from keras_bn.kernels.tensorflow.views import along
+from keras_bn.kernels.tensorflow.views import divisor
+from keras_bn.kernels.tensorflow.views import moments_type
+from keras_bn.kernels.tensorflow.views import positions
+
+
+def moments(inputs, axis):
+    """`(mean, variance, count)` in the inputs' dtype, by shifted sums."""
+    rank = inputs.shape.rank
+    reduced = [i for i in range(rank) if i != axis]
+    count = positions(inputs, inputs.shape[axis])
+    shift = tf.reduce_sum(inputs, reduced) / divisor(count)
+    deviations = inputs - along(axis, shift, rank)
+    rest = tf.reduce_sum(deviations, reduced) / divisor(count)
+    variance = tf.reduce_sum(tf.square(deviations), reduced) / divisor(count)
+    return shift + rest, variance - tf.square(rest), count
+
+
+def normalize_few(x, gamma, beta, epsilon):
+    """The cheapest way for few elements `[a, b, 1, channels]` on a CPU.
+
+    A product with a row of ones is the cheapest sum over rows there is. The
+    deviations from the first mean give its rounding error.
+
+    Returns:
+        `(outputs, mean, variance)`, the moments in float32.
+    """
+    channels = x.shape[-1]
+    rows = tf.cast(tf.reshape(x, [-1, channels]), tf.float32)
+    count = divisor(positions(x, channels))
+    ones = tf.ones([1, tf.shape(rows)[0]])
+
+    def mean_of_rows(rows):
+        if channels == 1:
+            return tf.reduce_sum(rows, 0) / count
+        return tf.reshape(tf.matmul(ones, rows), [channels]) / count
+
+    shift = mean_of_rows(rows)
+    deviations = rows - shift
+    rest = mean_of_rows(deviations)
+    mean = shift + rest
+    variance = mean_of_rows(tf.square(deviations)) - tf.square(rest)
+    factor = gamma * tf.math.rsqrt(variance + epsilon)
+    outputs = deviations * factor + (beta - rest * factor)
+    outputs = tf.cast(tf.reshape(outputs, tf.shape(x)), x.dtype)
+    return outputs, mean, variance
+
+
+def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
+    """A multiplication and an addition, in the dtype of the moments."""
+    rank = inputs.shape.rank
+    factor = gamma * tf.math.rsqrt(variance + epsilon)
+    offset = beta - mean * factor
+    outputs = tf.cast(inputs, mean.dtype) * along(axis, factor, rank)
+    return tf.cast(outputs + along(axis, offset, rank), inputs.dtype)
+
+
+def gradients(
+    output_gradient,
+    inputs,
+    gamma,
+    mean,
+    count,
+    *,
+    axis,
+    epsilon,
+    mask=None,
+    total=None,
+):
+    """Gradients of the inputs, gamma and beta, differentiable once more.
+
+    The moments are found again, as a function of the inputs, from the
+    deviations from `mean`. `total` sums over all positions, those of other
+    replicas too.
+    """
+    rank = inputs.shape.rank
+    reduced = [i for i in range(rank) if i != axis]
+    if total is None:
+
+        def total(x):
+            return tf.reduce_sum(x, reduced)
+
+    dtype = moments_type(inputs.dtype)
+    dy = tf.cast(output_gradient, dtype)
+    deviation = tf.cast(inputs, dtype) - along(axis, mean, rank)
+    counted = deviation
+    if mask is not None:
+        counted = tf.where(mask, deviation, 0.0)
+    rest = total(counted) / divisor(count)
+    variance = total(tf.square(counted)) / divisor(count) - tf.square(rest)
+    inverse = tf.math.rsqrt(variance + epsilon)
+    normalized = (deviation - along(axis, rest, rank)) * along(
+        axis, inverse, rank
+    )
+    # A masked NaN that no gradient comes back for stays out of it.
+    weighted = tf.math.multiply_no_nan(normalized, dy)
+    gamma_gradient = tf.reduce_sum(weighted, reduced)
+    beta_gradient = tf.reduce_sum(dy, reduced)
+    through_mean = along(axis, total(dy) / divisor(count), rank)
+    slope = along(axis, total(weighted) / divisor(count), rank)
+    through_moments = through_mean + normalized * slope
+    if mask is not None:
+        through_moments = tf.where(mask, through_moments, 0.0)
+    input_gradient = (dy - through_moments) * along(
+        axis, inverse * gamma, rank
+    )
+    return (
+        tf.cast(input_gradient, inputs.dtype),
+        gamma_gradient,
+        beta_gradient,
+    )
