@@ -40,6 +40,7 @@ def tests(session, backend):
         "python",
         "-m",
         "pytest",
+        "--numprocesses=2",
         *session.posargs,
         env={"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
     )

@@ -1,13 +1,18 @@
 """The batch-normalization layer: arguments, weights, call and config."""
 
 import math
-import numbers
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_bn import kernels
+from keras_bn.argument_checks import axis_within
+from keras_bn.argument_checks import checked_clipping
+from keras_bn.argument_checks import fraction
+from keras_bn.argument_checks import integer_axis
+from keras_bn.argument_checks import not_negative
+from keras_bn.argument_checks import refuse_reserved
+from keras_bn.masks import full_rank_mask
 from keras_bn.moving_statistics import ExponentialMovingAverage
 from keras_bn.moving_statistics import assign_where_counted
 
@@ -113,12 +118,12 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        _refuse_reserved(
+        refuse_reserved(
             momentum, axis_name, virtual_batch_size, unbiased_variance, debias
         )
-        self.axis = _integer_axis(axis)
-        self.momentum = _fraction("momentum", momentum)
-        self.epsilon = _not_negative("epsilon", epsilon)
+        self.axis = integer_axis(axis)
+        self.momentum = fraction("momentum", momentum)
+        self.epsilon = not_negative("epsilon", epsilon)
         self.center = center
         self.scale = scale
         self.beta_initializer = keras.initializers.get(beta_initializer)
@@ -135,9 +140,9 @@ class BatchNormalization(keras.layers.Layer):
         self.gamma_constraint = keras.constraints.get(gamma_constraint)
         self.renorm = renorm
         if renorm:
-            renorm_clipping = _checked_clipping(renorm_clipping or {})
+            renorm_clipping = checked_clipping(renorm_clipping or {})
         self.renorm_clipping = renorm_clipping
-        self.renorm_momentum = _fraction("renorm_momentum", renorm_momentum)
+        self.renorm_momentum = fraction("renorm_momentum", renorm_momentum)
         if synchronized and keras.backend.backend() != "tensorflow":
             raise ValueError(
                 "Argument synchronized=True is only supported with the "
@@ -153,7 +158,7 @@ class BatchNormalization(keras.layers.Layer):
         self.moving_variance = None
 
     def build(self, input_shape):
-        axis = _axis_within(self.axis, input_shape)
+        axis = axis_within(self.axis, input_shape)
         channels = input_shape[axis]
         if channels is None:
             raise ValueError(
@@ -220,7 +225,7 @@ class BatchNormalization(keras.layers.Layer):
         )
 
     def compute_output_shape(self, input_shape):
-        _axis_within(self.axis, input_shape)
+        axis_within(self.axis, input_shape)
         return input_shape
 
     def call(self, inputs, training=None, mask=None):
@@ -233,7 +238,7 @@ class BatchNormalization(keras.layers.Layer):
                 f"{tuple(inputs.shape)}. Give the tensor that static size."
             )
         if mask is not None:
-            mask = _full_rank_mask(mask, inputs.shape, axis)
+            mask = full_rank_mask(mask, inputs.shape, axis)
         bits = _BITS.get(keras.backend.standardize_dtype(inputs.dtype), 0)
         if bits < _BITS[self.compute_dtype]:
             # As autocast does, which `stateless_call` goes around.
@@ -336,113 +341,10 @@ class BatchNormalization(keras.layers.Layer):
         return config
 
 
-def _refuse_reserved(
-    momentum, axis_name, virtual_batch_size, unbiased_variance, debias
-):
-    reserved = {
-        "axis_name": axis_name,
-        "virtual_batch_size": virtual_batch_size,
-        "unbiased_variance": unbiased_variance or None,
-        "debias": debias or None,
-    }
-    for name, value in reserved.items():
-        if value is not None:
-            raise ValueError(
-                f"`{name}` is not available in this version of keras_bn. "
-                f"Received: {name}={value!r}. Leave it out."
-            )
-    if momentum is None:
-        raise ValueError(
-            "`momentum=None` (cumulative average) is not available in this "
-            "version of keras_bn. Received: momentum=None. Give a float in "
-            "[0, 1]."
-        )
-
-
-def _integer_axis(axis):
-    if isinstance(axis, (tuple, list)):
-        raise ValueError(
-            "Several channel axes are not available in this version of "
-            f"keras_bn. Received: axis={axis!r}. Give one int."
-        )
-    if isinstance(axis, np.ndarray) and axis.ndim == 0:
-        axis = axis.item()
-    whole = isinstance(axis, numbers.Real) and not isinstance(axis, bool)
-    if not whole or not float(axis).is_integer():
-        raise ValueError(f"`axis` must be an integer. Received: axis={axis!r}.")
-    return int(axis)
-
-
-def _axis_within(axis, input_shape):
-    """`axis` counted from the front, checked against `input_shape`."""
-    rank = len(input_shape)
-    if rank < 2:
-        raise ValueError(
-            "BatchNormalization needs inputs of rank 2 or more: samples and "
-            f"channels. Received: input_shape={tuple(input_shape)}."
-        )
-    if not -rank <= axis < rank:
-        raise ValueError(
-            f"Axis {axis} is out of bounds for input shape "
-            f"{tuple(input_shape)}. Received: axis={axis}. Give an axis in "
-            f"[{-rank}, {rank - 1}]."
-        )
-    return axis % rank
-
-
 def _moments_dtype(dtype):
     # `keras.backend.result_type` narrows float64 on JAX and PyTorch.
     double = keras.backend.standardize_dtype(dtype) == "float64"
     return "float64" if double else "float32"
-
-
-def _fraction(name, value):
-    number = _number(name, value)
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(
-            f"`{name}` must be in [0, 1]. Received: {name}={value!r}."
-        )
-    return number
-
-
-def _not_negative(name, value):
-    number = _number(name, value)
-    if not 0.0 <= number < math.inf:
-        raise ValueError(
-            f"`{name}` must be a finite number, not negative. "
-            f"Received: {name}={value!r}."
-        )
-    return number
-
-
-def _number(name, value):
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"`{name}` must be a number. Received: {name}={value!r}."
-        ) from error
-
-
-def _checked_clipping(clipping):
-    keys = ["rmax", "rmin", "dmax"]
-    if set(clipping) - set(keys):
-        raise ValueError(
-            "Received invalid keys for `renorm_clipping` argument: "
-            f"{clipping}. Supported values: {keys}."
-        )
-    rmax, rmin, dmax = map(clipping.get, keys)
-    if rmax is not None and rmin is not None and rmax < rmin:
-        raise ValueError(
-            "rmax should be greater than rmin in the `renorm_clipping` "
-            f"argument. Received: rmax={rmax}, rmin={rmin}."
-        )
-    if dmax is not None and dmax < 0:
-        raise ValueError(
-            "dmax should be non-negative in the `renorm_clipping` argument. "
-            f"Received: dmax={dmax}."
-        )
-    return clipping
 
 
 def _clone(initializer):
@@ -450,50 +352,3 @@ def _clone(initializer):
     if isinstance(initializer, keras.initializers.Initializer):
         return initializer.clone()
     return initializer
-
-
-def _full_rank_mask(mask, shape, axis):
-    """Gives a mask the rank of the inputs, of shape `shape`.
-
-    A mask of one axis less is meant for positions and lacks the channel axis,
-    or, as Keras reads it, the last one. With channels last that is the same;
-    elsewhere the sizes tell, and where they do not nothing is guessed.
-    """
-    mask = ops.cast(mask, "bool")
-    rank = len(shape)
-    if len(mask.shape) == rank:
-        candidates = [tuple(mask.shape)]
-    elif len(mask.shape) == rank - 1:
-        front, back = tuple(mask.shape[:axis]), tuple(mask.shape[axis:])
-        candidates = [(*front, 1, *back), (*mask.shape, 1)]
-    else:
-        raise ValueError(
-            "The mask provided should be one dimension less than the inputs, "
-            "or have as many. Received: "
-            f"mask.shape={tuple(mask.shape)}, inputs.shape={tuple(shape)}"
-        )
-    fitting = {c: None for c in candidates if _broadcasts(c, shape)}
-    if not fitting:
-        raise ValueError(
-            "The mask must be broadcastable to the inputs without their "
-            f"channel axis {axis}. Received: mask.shape={tuple(mask.shape)}, "
-            f"inputs.shape={tuple(shape)}."
-        )
-    if len(fitting) > 1:
-        raise ValueError(
-            f"The mask could lack the channel axis {axis} or the last axis of "
-            "the inputs; both fit. Received: "
-            f"mask.shape={tuple(mask.shape)}, inputs.shape={tuple(shape)}. "
-            "Pass it with the rank of the inputs, size 1 where it is the same "
-            "for all."
-        )
-    if len(mask.shape) == rank:
-        return mask
-    return ops.expand_dims(mask, -1 if candidates[1] in fitting else axis)
-
-
-def _broadcasts(shape, to):
-    return all(
-        a is None or b is None or a in (1, b)
-        for a, b in zip(shape, to, strict=True)
-    )

@@ -7,8 +7,9 @@ backend is collected on that backend alone.
 
 import os
 
-# More than one test process on a machine: each with the threads it needs.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Two logical devices, for what is sharded.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
 import hypothesis
 import keras

@@ -1,0 +1,194 @@
+"""PyTorch's native kernels on flattened CPU tensors.
+
+`x`, `keep` and `dy` are of shape `(outer, channels, inner)`, or
+`(outer, channels)` where `inner` would be 1.
+"""
+
+import torch
+
+from keras_bn.kernels.torch.plain import at_least_one
+from keras_bn.kernels.torch.plain import scale_factor
+from keras_bn.kernels.torch.plain import standardized
+from keras_bn.kernels.torch.views import FEW
+from keras_bn.kernels.torch.views import blocks
+from keras_bn.kernels.torch.views import column
+from keras_bn.kernels.torch.views import grouped_rows
+from keras_bn.kernels.torch.views import reduced_axes
+
+
+def merged_moments(x, dtype):
+    """Moments of groups of positions, merged to those of all positions."""
+    channels = x.shape[1]
+    if x.dim() == 2 and x.shape[0] <= FEW:
+        return _native_moments(x, dtype)
+    means, variances, lengths = [], [], []
+    if x.dim() == 2:
+        for rows in grouped_rows(x):
+            mean, variance = _native_moments(rows, dtype)
+            means.append(mean.view(-1, channels))
+            variances.append(variance.view(-1, channels))
+            lengths += [rows.shape[0]] * means[-1].shape[0]
+    else:
+        for (block,) in blocks(x):
+            length = block.shape[0] * block.shape[2]
+            mean = block.sum(2, dtype=dtype).sum(0).div_(length)
+            deviation = block - mean[:, None]
+            means.append(mean[None])
+            variances.append(
+                deviation.square_().sum(2).sum(0, True).div_(length)
+            )
+            lengths.append(length)
+    total = sum(lengths)
+    weights = [length / total for length in lengths]
+    weights = torch.tensor(weights, dtype=dtype)
+    means = torch.cat(means)
+    mean = weights @ means
+    offsets = means - mean
+    return mean, weights @ torch.cat(variances).addcmul_(offsets, offsets)
+
+
+def _native_moments(x, dtype):
+    # The kernel returns its moments in the dtype of the running ones, or else
+    # in that of `x`; with momentum 0 it leaves the running ones alone.
+    running = None
+    if x.dtype != dtype:
+        running = torch.zeros(x.shape[1], dtype=dtype)
+    return torch.batch_norm_update_stats(x, running, running, 0.0)
+
+
+def moments_about(center, x, keep, count):
+    """Moments from the deviations from a vector near the mean."""
+    first, second = 0.0, 0.0
+    for block, *kept in blocks(x) if keep is None else blocks(x, keep):
+        deviation = block - column(center, x)
+        if kept:
+            deviation.masked_fill_(~kept[0], 0.0)
+        first = first + deviation.sum(reduced_axes(x))
+        second = second + deviation.square_().sum(reduced_axes(x))
+    divisor = at_least_one(count)
+    offset = first / divisor
+    variance = second / divisor - offset.square()
+    return center + offset, variance.clamp_(min=0)
+
+
+def outputs(x, gamma, beta, mean, variance, epsilon, far):
+    """Normalized `x`; far data has the mean subtracted first."""
+    if not far and (x.dim() == 3 or x.dtype != mean.dtype):
+        return torch.native_batch_norm(
+            x, gamma, beta, mean, variance, False, 0.0, epsilon
+        )[0]
+    factor = scale_factor(gamma, variance, epsilon)
+    if beta is None:
+        beta = torch.zeros_like(mean)
+    if not far:
+        return torch.addcmul(
+            torch.addcmul(beta, mean, factor, value=-1), x, factor
+        )
+    mean, factor, beta = (column(v, x) for v in (mean, factor, beta))
+    outputs = torch.empty_like(x)
+    for block, into in blocks(x, outputs):
+        into.copy_(torch.addcmul(beta, block - mean, factor))
+    return outputs
+
+
+def _native_gradients(dy, x, gamma, mean, variance, count, epsilon):
+    through_moments = count is not None
+    return torch.ops.aten.native_batch_norm_backward(
+        dy,
+        x,
+        gamma,
+        mean,
+        variance,
+        mean,
+        (variance + epsilon).rsqrt_() if through_moments else None,
+        through_moments,
+        epsilon,
+        [True, True, True],
+    )
+
+
+def gradients(dy, x, gamma, mean, variance, count, epsilon, far):
+    """`(dx, gamma_gradient, beta_gradient)`; without a `count` the moments
+    are constants."""
+    vectors = gamma, mean, variance, count, epsilon
+    if _adds_naively(x, mean.dtype):
+        return _grouped_gradients(dy, x, *vectors, far)
+    return _native_gradients(dy, x, *vectors)
+
+
+def _adds_naively(x, dtype):
+    """Whether the native gradients add so many terms one by one that it shows.
+
+    Where `x` is shorter than `dtype` the rounding of the terms hides it, and
+    with an `inner` dimension the kernel adds in float64.
+    """
+    return x.dim() == 2 and x.shape[0] > FEW and x.dtype == dtype
+
+
+def _grouped_gradients(dy, x, gamma, mean, variance, count, epsilon, far):
+    """The native gradients, with sums over groups of positions."""
+    channels = x.shape[1]
+    products, plains = [], []
+    for rows, dy_rows in zip(grouped_rows(x), grouped_rows(dy)):
+        groups = rows.shape[1] // channels
+        _, product, plain = torch.ops.aten.native_batch_norm_backward(
+            dy_rows,
+            rows,
+            None,
+            mean.repeat(groups),
+            variance.repeat(groups),
+            None,
+            None,
+            False,
+            epsilon,
+            [False, True, True],
+        )
+        products.append(product)
+        plains.append(plain)
+    gamma_gradient = torch.cat(products).view(-1, channels).sum(0)
+    beta_gradient = torch.cat(plains).view(-1, channels).sum(0)
+
+    inverse = (variance + epsilon).rsqrt_()
+    factor = inverse if gamma is None else gamma * inverse
+    if count is None:
+        return dy * factor, gamma_gradient, beta_gradient
+
+    # dx = factor * dy + slope * (x - mean) + shift
+    share = factor / -count
+    slope = share * inverse * gamma_gradient
+    shift = share * beta_gradient
+    if not far:
+        shift.addcmul_(slope, mean, value=-1)
+    dx = torch.empty_like(x)
+    for block, dy_block, into in blocks(x, dy, dx):
+        if far:
+            block = block - mean
+        torch.addcmul(shift, block, slope, out=into)
+        into.addcmul_(dy_block, factor)
+    return dx, gamma_gradient, beta_gradient
+
+
+def masked_gradients(dy, x, gamma, mean, variance, count, keep, epsilon):
+    """Gradients where only the kept positions entered the moments."""
+    mean = column(mean, x)
+    inverse = column((variance + epsilon).rsqrt_(), x)
+    gamma_gradient, beta_gradient = 0.0, 0.0
+    for dy_block, block, kept in blocks(dy, x, keep):
+        normalized = standardized(block, mean, inverse, kept)
+        gamma_gradient = gamma_gradient + (normalized * dy_block).sum(
+            reduced_axes(x)
+        )
+        beta_gradient = beta_gradient + dy_block.sum(
+            reduced_axes(x), dtype=mean.dtype
+        )
+    divisor = at_least_one(count)
+    slope = column(gamma_gradient / divisor, x)
+    shift = column(beta_gradient / divisor, x)
+    factor = column(scale_factor(gamma, variance, epsilon), x)
+    dx = torch.empty_like(x)
+    for dy_block, block, kept, into in blocks(dy, x, keep, dx):
+        normalized = standardized(block, mean, inverse, kept)
+        through_moments = torch.addcmul(shift, normalized, slope)
+        through_moments.masked_fill_(~kept, 0.0)
+        into.copy_((dy_block - through_moments).mul_(factor))
+    return dx, gamma_gradient, beta_gradient

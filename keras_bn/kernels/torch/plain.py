@@ -1,0 +1,90 @@
+"""Batch normalization in plain PyTorch operations.
+
+On the shape of the inputs: for any device, traceable, and differentiable
+again.
+"""
+
+import torch
+
+from keras_bn.kernels.torch.views import along
+
+
+def moments(inputs, axis, mask):
+    """`(mean, variance, count)` of the positions that count."""
+    dtype = moments_dtype(inputs.dtype)
+    reduced = [i for i in range(inputs.dim()) if i != axis]
+    x = inputs.to(dtype)
+    if mask is None:
+        count = x.numel() // max(x.shape[axis], 1)
+    else:
+        count = mask.expand_as(x).sum(reduced).to(dtype)
+        x = torch.where(mask, x, 0.0)
+    divisor = at_least_one(count)
+    mean = x.sum(reduced) / divisor
+    deviation = x - along(axis, mean, x)
+    if mask is not None:
+        deviation = torch.where(mask, deviation, 0.0)
+    return mean, deviation.square().sum(reduced) / divisor, count
+
+
+def outputs(inputs, gamma, beta, mean, variance, axis, epsilon):
+    """Normalized inputs, in their dtype."""
+    factor = scale_factor(gamma, variance, epsilon)
+    outputs = (inputs - along(axis, mean, inputs)) * along(
+        axis, factor, inputs
+    )
+    if beta is not None:
+        outputs = outputs + along(axis, beta, inputs)
+    return outputs.to(inputs.dtype)
+
+
+def gradients(
+    dy, inputs, gamma, mean, variance, count, mask, axis, epsilon
+):
+    """Of inputs, gamma and beta; through the moments where there is a count."""
+    if count is not None and torch.is_grad_enabled():
+        mean, variance, _ = moments(inputs, axis, mask)
+    reduced = [i for i in range(inputs.dim()) if i != axis]
+    normalized = standardized(
+        inputs,
+        along(axis, mean, inputs),
+        along(axis, (variance + epsilon).rsqrt(), inputs),
+        mask,
+    )
+    dx = dy = dy.to(mean.dtype)
+    gamma_gradient = (dy * normalized).sum(reduced)
+    beta_gradient = dy.sum(reduced)
+    if count is not None:
+        divisor = at_least_one(count)
+        through_moments = along(
+            axis, beta_gradient / divisor, inputs
+        ) + normalized * along(axis, gamma_gradient / divisor, inputs)
+        if mask is not None:
+            through_moments = torch.where(mask, through_moments, 0.0)
+        dx = dy - through_moments
+    dx = dx * along(axis, scale_factor(gamma, variance, epsilon), inputs)
+    return dx.to(inputs.dtype), gamma_gradient, beta_gradient
+
+
+def standardized(x, mean, inverse, keep):
+    """Normalized inputs; those neither finite nor kept count as the mean."""
+    deviation = x - mean
+    if keep is not None:
+        deviation = torch.where(keep | deviation.isfinite(), deviation, 0.0)
+    return deviation * inverse
+
+
+def scale_factor(gamma, variance, epsilon):
+    """`gamma / sqrt(variance + epsilon)`."""
+    inverse = (variance + epsilon).rsqrt()
+    return inverse if gamma is None else gamma * inverse
+
+
+def at_least_one(count):
+    """`count`, or 1 where nothing was counted."""
+    return max(count, 1) if isinstance(count, int) else count.clamp(min=1)
+
+
+def moments_dtype(dtype):
+    """float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
