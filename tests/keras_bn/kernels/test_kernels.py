@@ -183,7 +183,9 @@ def test_normalize_with(case):
 
 
 @pytest.mark.parametrize("mask", [None, "positions", "full"])
-@pytest.mark.parametrize("shape, axis", [((4, 3), 1), ((3, 2, 2, 3), 1)])
+@pytest.mark.parametrize(
+    "shape, axis", [((4, 3), 1), ((3, 2, 2, 3), 1), ((3, 2, 2, 4), 3)]
+)
 def test_second_derivatives(shape, axis, mask):
     """As gradient penalties take them; against finite differences."""
     case = Case(shape=shape, axis=axis, mask=mask, far=0.5, seed=3)
