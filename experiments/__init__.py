@@ -32,6 +32,10 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
     """
 
     def guarded(argv):
+        # Libraries' progress notes would bury the program's own lines. absl
+        # raises the verbosity to INFO once the flags are read.
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
         try:
             if len(argv) > 1:
                 raise ExperimentError(
@@ -46,6 +50,4 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
             print(f"interrupted: {interruption}", file=sys.stderr)
             return 130
 
-    # Libraries' progress notes would bury the program's own lines.
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
     app.run(guarded)
