@@ -43,7 +43,7 @@ def flatten(tensor, axis, order):
 
 
 def unflatten(flat, like, order):
-    """Undoes `_flatten`, in place: PyTorch lets nobody write to a view that a
+    """Undoes `flatten`, in place: PyTorch lets nobody write to a view that a
     custom function returns."""
     if order is None:
         return flat.resize_(like.shape)
