@@ -13,10 +13,17 @@ are from Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance",
 1983 (the pairwise algorithm and the shifted data).
 
 All this is for CPU tensors in eager mode. On other devices and while a graph
-is traced nothing may depend on the data, and plain operations are used.
+is traced nothing may depend on the data, and plain operations are used. Where
+`torch.func`, forward mode or a tracer has to see through them, they are left
+to be differentiated by PyTorch.
 """
 
+from itertools import zip_longest
+
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from keras_bn.kernels.torch import native
 from keras_bn.kernels.torch import plain
@@ -68,6 +75,12 @@ def normalize_batch(
         as from `batch_moments`.
     """
     _refuse_synchronized(synchronized)
+    if _is_seen_through():
+        mean, variance, count = plain.moments(inputs, axis, mask)
+        outputs = plain.outputs(
+            inputs, gamma, beta, mean, variance, axis, epsilon
+        )
+        return outputs, mean.detach(), variance.detach(), count
     with torch.no_grad():
         if moments is None:
             mean, variance, count, far = _moments(inputs, axis, mask)
@@ -84,9 +97,12 @@ def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
     """`gamma * (inputs - mean) / sqrt(variance + epsilon) + beta`.
 
     Returns:
-        `outputs` like `inputs`; their gradient goes to `inputs`, `gamma` and
-        `beta`.
+        `outputs` like `inputs`; their gradient goes to every tensor.
     """
+    if _is_seen_through():
+        return plain.outputs(
+            inputs, gamma, beta, mean, variance, axis, epsilon
+        )
     far = _is_far(mean, variance)
     return _Normalize.apply(
         inputs, gamma, beta, mean, variance, None, None, axis, epsilon, far
@@ -133,6 +149,7 @@ class _Normalize(torch.autograd.Function):
         if (
             torch.is_grad_enabled()
             or not _is_eager_on_cpu(inputs)
+            or is_legacy_batchedtensor(output_gradient)
             or not inputs.numel()
         ):
             gradients = plain.gradients(
@@ -152,11 +169,17 @@ class _Normalize(torch.autograd.Function):
                     dy, x, *vectors, ctx.epsilon, ctx.far
                 )
             gradients = unflatten(dx, inputs, order), *rest
+        if ctx.count is None and any(ctx.needs_input_grad[3:5]):
+            gradients = *gradients, *plain.gradients_of_constants(
+                *gradients[1:], gamma, variance, ctx.epsilon
+            )
         gradients = [
             gradient if needed else None
-            for gradient, needed in zip(gradients, ctx.needs_input_grad)
+            for gradient, needed in zip_longest(
+                gradients, ctx.needs_input_grad
+            )
         ]
-        return *gradients, None, None, None, None, None, None, None
+        return tuple(gradients)
 
 
 def _moments(inputs, axis, mask):
@@ -193,7 +216,24 @@ def _is_far(mean, variance):
 
 
 def _is_eager_on_cpu(tensor):
-    return tensor.is_cpu and not torch.compiler.is_compiling()
+    return (
+        tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not _is_seen_through()
+    )
+
+
+def _is_seen_through():
+    """Whether each operation is looked at, by a transform or a tracer.
+
+    `torch.compile` is none of them: it knows custom functions.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+    )
 
 
 def _refuse_synchronized(synchronized):

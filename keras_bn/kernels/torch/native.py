@@ -39,12 +39,14 @@ def merged_moments(x, dtype):
             )
             lengths.append(length)
     total = sum(lengths)
-    weights = [length / total for length in lengths]
+    weights = [[length / total] for length in lengths]
     weights = torch.tensor(weights, dtype=dtype)
     means = torch.cat(means)
-    mean = weights @ means
+    # No product of matrices: autocast would round it.
+    mean = (weights * means).sum(0)
     offsets = means - mean
-    return mean, weights @ torch.cat(variances).addcmul_(offsets, offsets)
+    variances = torch.cat(variances).addcmul_(offsets, offsets)
+    return mean, (weights * variances).sum(0)
 
 
 def _native_moments(x, dtype):

@@ -16,6 +16,8 @@ def moments(inputs, axis, mask):
     x = inputs.to(dtype)
     if mask is None:
         count = x.numel() // max(x.shape[axis], 1)
+        if isinstance(count, torch.SymInt):
+            count = torch.scalar_tensor(count, dtype=dtype)
     else:
         count = mask.expand_as(x).sum(reduced).to(dtype)
         x = torch.where(mask, x, 0.0)
@@ -64,6 +66,15 @@ def gradients(
         dx = dy - through_moments
     dx = dx * along(axis, scale_factor(gamma, variance, epsilon), inputs)
     return dx.to(inputs.dtype), gamma_gradient, beta_gradient
+
+
+def gradients_of_constants(
+    gamma_gradient, beta_gradient, gamma, variance, epsilon
+):
+    """Of a mean and a variance that do not depend on the inputs."""
+    inverse = (variance + epsilon).rsqrt()
+    factor = inverse if gamma is None else gamma * inverse
+    return -factor * beta_gradient, -0.5 * factor * inverse * gamma_gradient
 
 
 def standardized(x, mean, inverse, keep):

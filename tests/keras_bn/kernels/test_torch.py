@@ -219,3 +219,124 @@ def test_masked_out_values_poison_nothing(bad):
 def test_synchronized_is_refused():
     with pytest.raises(ValueError, match="synchronized"):
         kernels.batch_moments(torch.ones(2, 2), axis=1, synchronized=True)
+
+
+def test_constants_get_gradients():
+    inputs = _inputs(2.0, (9, 4), torch.float64)
+    gamma, beta = _vectors(torch.float64, 4)
+    mean = torch.linspace(0.0, 1.0, 4, dtype=torch.float64).requires_grad_()
+    variance = torch.linspace(1.0, 2.0, 4, dtype=torch.float64)
+    variance.requires_grad_()
+
+    def outputs(inputs, mean, variance, gamma, beta):
+        return kernels.normalize_with(
+            inputs, mean, variance, gamma, beta, axis=1, epsilon=1e-3
+        )
+
+    vectors = (mean, variance, gamma, beta)
+    assert torch.autograd.gradcheck(outputs, (inputs, *vectors))
+
+
+@pytest.mark.parametrize("shape", [(2048, 3), (4, 3, 64)])
+def test_autocast_leaves_the_moments_alone(shape):
+    inputs = _inputs(2.0, shape).detach()
+    moments = kernels.batch_moments(inputs, axis=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = kernels.batch_moments(inputs, axis=1)
+    for ours, expected in zip(cast, moments):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(2048, 3), (4, 3, 64)])
+class TestTransforms:
+    """What PyTorch's transforms and tracers make of the kernels."""
+
+    def functions(self, shape, training):
+        gamma, beta = (v.detach() for v in _vectors(channels=3))
+
+        def outputs(inputs, gamma=gamma):
+            if training:
+                return kernels.normalize_batch(
+                    inputs, gamma, beta, axis=1, epsilon=1e-3
+                )[0]
+            return kernels.normalize_with(
+                inputs, beta, gamma, gamma, beta, axis=1, epsilon=1e-3
+            )
+
+        inputs = _inputs(2.0, shape).detach()
+        return outputs, inputs, gamma
+
+    def test_reverse_mode(self, shape, training):
+        outputs, inputs, gamma = self.functions(shape, training)
+        inputs.requires_grad_()
+        gamma.requires_grad_()
+        expected = torch.autograd.grad(
+            (outputs(inputs, gamma) ** 3).sum(), (inputs, gamma)
+        )
+        found = torch.func.grad(
+            lambda x, g: (outputs(x, g) ** 3).sum(), argnums=(0, 1)
+        )(inputs.detach(), gamma.detach())
+        for ours, theirs in zip(found, expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+    def test_forward_mode(self, shape, training):
+        outputs, inputs, _ = self.functions(shape, training)
+        tangent = _inputs(0.0, shape).detach().flip(0)
+        _, found = torch.func.jvp(outputs, (inputs,), (tangent,))
+        gradient = _inputs(0.0, shape).detach().flip(-1)
+        inputs.requires_grad_()
+        (pulled,) = torch.autograd.grad(outputs(inputs), inputs, gradient)
+        expected = (pulled * tangent).double().sum()
+        found = (found * gradient).double().sum()
+        scale = pulled.double().norm() * tangent.double().norm()
+        assert abs(found - expected) <= 1e-5 * scale
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(
+                inputs.detach(), tangent
+            )
+            again = torch.autograd.forward_ad.unpack_dual(outputs(dual))
+        found = (again.tangent * gradient).double().sum()
+        assert abs(found - expected) <= 1e-5 * scale
+
+    def test_vmap(self, shape, training):
+        outputs, inputs, _ = self.functions(shape, training)
+        stack = torch.stack([inputs, inputs.flip(0) + 1.0])
+        expected = torch.stack([outputs(x) for x in stack])
+        torch.testing.assert_close(torch.func.vmap(outputs)(stack), expected)
+
+    def test_batched_gradients(self, shape, training):
+        outputs, inputs, _ = self.functions(shape, training)
+        inputs.requires_grad_()
+        y = outputs(inputs)
+        gradients = _inputs(0.0, (2, *shape)).detach()
+        expected = [
+            torch.autograd.grad(y, inputs, g, retain_graph=True)[0]
+            for g in gradients
+        ]
+        (found,) = torch.autograd.grad(
+            y, inputs, gradients, is_grads_batched=True
+        )
+        torch.testing.assert_close(found, torch.stack(expected))
+
+    def test_trace(self, shape, training, tmp_path):
+        outputs, inputs, _ = self.functions(shape, training)
+        with torch.no_grad():
+            traced = torch.jit.trace(outputs, inputs)
+        torch.jit.save(traced, str(tmp_path / "traced.pt"))
+        loaded = torch.jit.load(str(tmp_path / "traced.pt"))
+        torch.testing.assert_close(loaded(inputs), outputs(inputs))
+
+    def test_export_with_an_unknown_batch(self, shape, training):
+        outputs, inputs, _ = self.functions(shape, training)
+
+        class Module(torch.nn.Module):
+            def forward(self, inputs):
+                return outputs(inputs)
+
+        batch = torch.export.Dim("batch", min=2, max=10000)
+        exported = torch.export.export(
+            Module(), (inputs,), dynamic_shapes=({0: batch},)
+        ).module()
+        for some in (inputs, inputs[:3]):
+            torch.testing.assert_close(exported(some), outputs(some))
