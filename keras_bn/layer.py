@@ -74,8 +74,8 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs: Those of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
 
     Call arguments:
-        inputs: Tensor of rank 2 or more; any float dtype, others are cast to
-            the compute dtype.
+        inputs: Tensor of rank 2 or more; any float dtype, integers count as
+            float32, or float64 where that is the compute dtype.
         training: Bool, whether to normalize with the batch's moments. With
             `trainable = False` the layer runs as in inference regardless, as
             in Keras.
@@ -232,15 +232,16 @@ class BatchNormalization(keras.layers.Layer):
         inputs = ops.convert_to_tensor(inputs)
         axis = self.axis % len(inputs.shape)
         if inputs.shape[axis] is None:
-            raise ValueError(
-                f"The size of axis {self.axis}, the channel axis, must be "
-                "known when the layer is called. Received: inputs.shape="
-                f"{tuple(inputs.shape)}. Give the tensor that static size."
-            )
+            shape = list(ops.shape(inputs))
+            shape[axis] = self.moving_mean.shape[0]
+            inputs = ops.reshape(inputs, shape)
         if mask is not None:
             mask = full_rank_mask(mask, inputs.shape, axis)
         bits = _BITS.get(keras.backend.standardize_dtype(inputs.dtype), 0)
-        if bits < _BITS[self.compute_dtype]:
+        if bits == 0:
+            # Integers above 2**8 would be rounded by a short compute dtype.
+            inputs = ops.cast(inputs, _moments_dtype(self.compute_dtype))
+        elif bits < _BITS[self.compute_dtype]:
             # As autocast does, which `stateless_call` goes around.
             inputs = ops.cast(inputs, self.compute_dtype)
         dtype = _moments_dtype(inputs.dtype)

@@ -14,8 +14,9 @@ the inputs' dtype; outputs have the inputs' dtype.
 `normalize_batch(inputs, gamma, beta, *, axis, epsilon, mask=None,
 moments=None, synchronized=False)`
     `(outputs, mean, variance, count)`. The gradient of `outputs` goes to
-    `inputs` (through the moments too), `gamma` and `beta`; none goes through
-    the other three. `moments` hands in the result of `batch_moments` for these
+    `inputs` (through the moments too), `gamma` and `beta`; none is asked for
+    the other three, but JAX has that of the moments, which its users get back
+    as new state. `moments` hands in the result of `batch_moments` for these
     inputs and this mask, where the caller needed it beforehand.
 
 `normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon)`

@@ -79,14 +79,21 @@ def normalize_batch(
 
     Returns:
         `(outputs, mean, variance, count)`: `outputs` like `inputs`, the rest
-        as from `batch_moments`. Gradients flow from `outputs` alone: to
-        `gamma`, `beta` and, through the moments too, to `inputs`.
+        as from `batch_moments`. Gradients flow from `outputs` to `gamma`,
+        `beta` and, through the moments too, to `inputs`; from `mean` and
+        `variance`, which JAX users get back as the new state, to `inputs`.
     """
     _refuse_synchronized(synchronized)
     if moments is None:
         moments = batch_moments(inputs, axis=axis, mask=mask)
     mean, variance = map(lax.stop_gradient, moments[:2])
     count = moments[2]
+    # Inside `shard_map` devices share parameters, but not their gradients:
+    # here they meet what the devices do not share, which JAX differentiates.
+    if gamma is not None:
+        gamma = jnp.where(True, gamma, mean)
+    if beta is not None:
+        beta = jnp.where(True, beta, mean)
     outputs = _normalize_batch(
         inputs,
         gamma,
@@ -97,6 +104,9 @@ def normalize_batch(
         mask,
         axis,
         epsilon,
+    )
+    mean, variance = _as_moments_of(
+        inputs, mean, variance, jnp.asarray(count, mean.dtype), mask, axis
     )
     return outputs, mean, variance, count
 
@@ -167,13 +177,17 @@ def _count(inputs, mask, axis):
     """How many positions enter: an int, or `(channels,)` under a mask."""
     reduced = _reduced(inputs, axis)
     if mask is None:
-        return math.prod(inputs.shape[i] for i in reduced)
+        count = math.prod(inputs.shape[i] for i in reduced)
+        # A size that an exported program leaves open is no int.
+        known = isinstance(count, int)
+        return count if known else jnp.asarray(count, _moments_dtype(inputs))
     repeats = math.prod(
         inputs.shape[i] for i in reduced if mask.shape[i] != inputs.shape[i]
     )
-    count = jnp.sum(mask, reduced, dtype=jnp.int32).astype(
-        _moments_dtype(inputs)
-    ) * repeats
+    count = (
+        jnp.sum(mask, reduced, dtype=jnp.int32).astype(_moments_dtype(inputs))
+        * repeats
+    )
     return jnp.broadcast_to(count, (inputs.shape[axis],))
 
 
@@ -206,8 +220,14 @@ def _moments(inputs, count, mask, axis):
     )
 
 
+def _is_of_known_shape(inputs):
+    return all(isinstance(size, int) for size in inputs.shape)
+
+
 def _shift(inputs, mask, axis):
     """Mean of a few elements of each channel, or 0 where that is as good."""
+    if not _is_of_known_shape(inputs):
+        return jnp.zeros((inputs.shape[axis],), _moments_dtype(inputs))
     wanted = _SHIFT_SAMPLES
     picked = [slice(None)] * inputs.ndim
     for i in _reduced(inputs, axis):
@@ -239,6 +259,9 @@ def _paired_sums(first, second, axis):
     write down what they share.
     """
     shape = first.shape
+    if not _is_of_known_shape(first):
+        reduced = _reduced(first, axis)
+        return [jnp.sum(x, reduced) for x in (first, second)]
     # The first dimension is left whole where possible: it is the one that a
     # sharded batch is cut along, and XLA gathers what it is told to reduce
     # so along a sharded dimension.

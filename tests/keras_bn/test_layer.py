@@ -398,6 +398,19 @@ def test_inputs_of_other_dtypes(dtype):
         _close(ours, theirs)
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_integers_are_not_rounded(policy):
+    """70,000 is infinity in float16, and 259 is 260 in bfloat16."""
+    large = np.array([[257], [259], [260], [70000]], "int32")
+    for values in (large[:3], large):
+        layer = OURS(momentum=0.0, epsilon=0.0, dtype=policy)
+        outputs = frameworks.array(layer(values, training=True))
+        right = (values - values.mean()) / values.std()
+        np.testing.assert_allclose(outputs, right, 1e-2, 1e-2)
+        np.testing.assert_allclose(layer.moving_mean, [values.mean()], 1e-6)
+        np.testing.assert_allclose(layer.moving_variance, [values.var()], 1e-5)
+
+
 # Trainable, losses, constraints.
 
 

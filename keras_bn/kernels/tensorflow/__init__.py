@@ -1,8 +1,9 @@
 """TensorFlow kernels, on the fused op that Keras 3 no longer uses.
 
-`fused.py` is the road of a plain batch. float64 has no fused kernel; float64,
-masked and synchronized batches take the same steps with moments found on their
-own and a gradient in plain ops (`plain.py`).
+`fused.py` is the road of a plain batch. float64 has no fused kernel, and XLA
+makes E[x^2] - E[x]^2 of it; there, and for masked and synchronized batches, the
+same steps are taken with moments found on their own and a gradient in plain ops
+(`plain.py`).
 """
 
 import tensorflow as tf
@@ -10,6 +11,8 @@ import tensorflow as tf
 from keras_bn.kernels.tensorflow import fused
 from keras_bn.kernels.tensorflow import plain
 from keras_bn.kernels.tensorflow.views import along
+from keras_bn.kernels.tensorflow.views import has_tangents
+from keras_bn.kernels.tensorflow.views import is_for_xla
 from keras_bn.kernels.tensorflow.views import is_small
 from keras_bn.kernels.tensorflow.views import moments_type
 from keras_bn.kernels.tensorflow.views import positions
@@ -17,14 +20,7 @@ from keras_bn.kernels.tensorflow.views import positions
 
 def batch_moments(inputs, *, axis, mask=None, synchronized=False):
     """Mean, biased variance and count of each channel. See the package."""
-    inputs = tf.stop_gradient(inputs)
-    if mask is not None:
-        moments = _masked_moments(inputs, mask, axis)
-    elif inputs.dtype == tf.float64:
-        moments = plain.moments(inputs, axis)
-    else:
-        moments = fused.moments(inputs, axis)
-    return _merge_replicas(*moments) if synchronized else moments
+    return _moments(tf.stop_gradient(inputs), axis, mask, synchronized)
 
 
 def normalize_batch(
@@ -40,8 +36,14 @@ def normalize_batch(
 ):
     """Normalizes with the moments of the batch. See the package."""
     gamma, beta = _defaults(inputs, gamma, beta, axis)
+    if has_tangents(inputs, gamma, beta):
+        moments = _moments(inputs, axis, mask, synchronized)
+        outputs = plain.normalize_with(
+            inputs, *moments[:2], gamma, beta, axis=axis, epsilon=epsilon
+        )
+        return outputs, *moments
     own = mask is None and moments is None and not synchronized
-    if own and inputs.dtype != tf.float64:
+    if own and not _needs_plain_ops(inputs):
         return fused.normalize(inputs, gamma, beta, axis, epsilon)
     if moments is None:
         moments = batch_moments(
@@ -60,6 +62,24 @@ def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
     return road.normalize_with(
         inputs, mean, variance, gamma, beta, axis=axis, epsilon=epsilon
     )
+
+
+def _moments(inputs, axis, mask, synchronized):
+    if mask is not None:
+        moments = _masked_moments(inputs, mask, axis)
+    elif _needs_plain_ops(inputs):
+        moments = plain.moments(inputs, axis)
+    else:
+        moments = fused.moments(inputs, axis)
+    return _merge_replicas(*moments) if synchronized else moments
+
+
+def _needs_plain_ops(inputs):
+    """Whether the fused op is absent, inexact, or without a derivative.
+
+    Forward mode asks for that of its moments, which it does not have.
+    """
+    return inputs.dtype == tf.float64 or is_for_xla() or has_tangents(inputs)
 
 
 def _masked_moments(inputs, mask, axis):
@@ -105,8 +125,8 @@ def _masked_moments(inputs, mask, axis):
 
 
 def _moments_of_moved(inputs, axis):
-    if inputs.dtype == tf.float64 or is_small(inputs):
-        mean, variance, _ = batch_moments(inputs, axis=axis)
+    if _needs_plain_ops(inputs) or is_small(inputs):
+        mean, variance, _ = _moments(inputs, axis, None, False)
         return mean, variance
     return fused.grouped_moments(inputs, axis)
 
@@ -140,6 +160,7 @@ def _normalize_composed(
                 inputs,
                 gamma,
                 mean,
+                variance,
                 count,
                 axis=axis,
                 epsilon=epsilon,
@@ -180,9 +201,7 @@ def _merge_replicas(mean, variance, count):
     share = counts / tf.maximum(count, 1.0)
     mean = tf.reduce_sum(share * means, 0)
     mean += tf.reduce_sum(share * (means - mean), 0)
-    variance = tf.reduce_sum(
-        share * (variances + tf.square(means - mean)), 0
-    )
+    variance = tf.reduce_sum(share * (variances + tf.square(means - mean)), 0)
     return mean, variance, count
 
 

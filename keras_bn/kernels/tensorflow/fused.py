@@ -81,6 +81,12 @@ def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
         return plain.normalize_with(
             inputs, mean, variance, gamma, beta, axis=axis, epsilon=epsilon
         )
+    # The op has no gradient for its moments. These expressions have the values
+    # of gamma and beta, and carry it.
+    inverse = tf.math.rsqrt(variance + epsilon)
+    constant_mean, constant_inverse = map(tf.stop_gradient, (mean, inverse))
+    beta = beta - gamma * constant_inverse * (mean - constant_mean)
+    gamma = gamma * tf.math.divide_no_nan(inverse, constant_inverse)
     outputs, *_ = tf.raw_ops.FusedBatchNormV3(
         x=_side_by_side(channels_last(inputs, axis), repeats),
         scale=tf.tile(gamma, [repeats]),
@@ -127,12 +133,13 @@ def grouped_moments(inputs, axis):
     means = tf.concat([means, mean], 0)
     variances = tf.concat([variances, variance], 0)
 
-    share = tf.cast(tf.fill([1, groups], (count - rest) // groups), tf.float32)
-    share = tf.concat([share, [[tf.cast(rest, tf.float32)]]], 1)
+    share = tf.cast(tf.fill([groups, 1], (count - rest) // groups), tf.float32)
+    share = tf.concat([share, [[tf.cast(rest, tf.float32)]]], 0)
     share /= tf.cast(tf.maximum(count, 1), tf.float32)
-    mean = tf.matmul(share, means)
-    variance = tf.matmul(share, variances + tf.square(means - mean))
-    return tf.squeeze(mean, 0), tf.squeeze(variance, 0)
+    # Not a product of matrices, which a GPU may round to TF32.
+    mean = tf.reduce_sum(share * means, 0)
+    variances += tf.square(means - mean)
+    return mean, tf.reduce_sum(share * variances, 0)
 
 
 # Below, `x` is `[a, b, 1, channels]`, and what normalizes it gives `(outputs,
@@ -237,7 +244,7 @@ def _wide_gradients(output_gradient, inputs, gamma, saved, axis, epsilon):
 
     def composed(output_gradient, inputs, gamma):
         return plain.gradients(
-            output_gradient, inputs, gamma, mean, count, **settings
+            output_gradient, inputs, gamma, mean, variance, count, **settings
         )
 
     if repeats is None:
@@ -281,11 +288,8 @@ def _wide_gradients(output_gradient, inputs, gamma, saved, axis, epsilon):
             of_inputs = tf.cast(of_inputs, inputs.dtype)
 
         def second(*upstream):
-            sources = [output_gradient, inputs, gamma]
-            with tf.GradientTape() as tape:
-                tape.watch(sources)
-                targets = composed(*sources)
-            return tape.gradient(targets, sources, upstream)
+            sources = output_gradient, inputs, gamma
+            return plain.pulled_back(composed, sources, upstream)
 
         return (of_inputs, of_gamma, of_beta), second
 

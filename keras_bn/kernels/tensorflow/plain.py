@@ -9,7 +9,8 @@ from keras_bn.kernels.tensorflow.views import positions
 
 
 def moments(inputs, axis):
-    """`(mean, variance, count)` in the inputs' dtype, by shifted sums."""
+    """`(mean, variance, count)` by shifted sums."""
+    inputs = tf.cast(inputs, moments_type(inputs.dtype))
     rank = inputs.shape.rank
     reduced = [i for i in range(rank) if i != axis]
     count = positions(inputs, inputs.shape[axis])
@@ -64,6 +65,7 @@ def gradients(
     inputs,
     gamma,
     mean,
+    variance,
     count,
     *,
     axis,
@@ -73,9 +75,7 @@ def gradients(
 ):
     """Gradients of the inputs, gamma and beta, differentiable once more.
 
-    The moments are found again, as a function of the inputs, from the
-    deviations from `mean`. `total` sums over all positions, those of other
-    replicas too.
+    `total` sums over all positions, those of other replicas too.
     """
     rank = inputs.shape.rank
     reduced = [i for i in range(rank) if i != axis]
@@ -85,31 +85,56 @@ def gradients(
             return tf.reduce_sum(x, reduced)
 
     dtype = moments_type(inputs.dtype)
-    dy = tf.cast(output_gradient, dtype)
-    deviation = tf.cast(inputs, dtype) - along(axis, mean, rank)
-    counted = deviation
-    if mask is not None:
-        counted = tf.where(mask, deviation, 0.0)
-    rest = total(counted) / divisor(count)
-    variance = total(tf.square(counted)) / divisor(count) - tf.square(rest)
-    inverse = tf.math.rsqrt(variance + epsilon)
-    normalized = (deviation - along(axis, rest, rank)) * along(
-        axis, inverse, rank
-    )
-    # A masked NaN that no gradient comes back for stays out of it.
-    weighted = tf.math.multiply_no_nan(normalized, dy)
-    gamma_gradient = tf.reduce_sum(weighted, reduced)
-    beta_gradient = tf.reduce_sum(dy, reduced)
-    through_mean = along(axis, total(dy) / divisor(count), rank)
-    slope = along(axis, total(weighted) / divisor(count), rank)
-    through_moments = through_mean + normalized * slope
-    if mask is not None:
-        through_moments = tf.where(mask, through_moments, 0.0)
-    input_gradient = (dy - through_moments) * along(
-        axis, inverse * gamma, rank
-    )
-    return (
-        tf.cast(input_gradient, inputs.dtype),
-        gamma_gradient,
-        beta_gradient,
-    )
+
+    def composed(output_gradient, inputs, gamma, known_moments):
+        dy = tf.cast(output_gradient, dtype)
+        deviation = tf.cast(inputs, dtype) - along(axis, mean, rank)
+        inverse = tf.math.rsqrt(variance + epsilon)
+        if not known_moments:
+            # As a function of the inputs, from the deviations.
+            counted = deviation
+            if mask is not None:
+                counted = tf.where(mask, deviation, 0.0)
+            rest = total(counted) / divisor(count)
+            square = total(tf.square(counted)) / divisor(count)
+            inverse = tf.math.rsqrt(square - tf.square(rest) + epsilon)
+            deviation -= along(axis, rest, rank)
+        normalized = deviation * along(axis, inverse, rank)
+        # A masked NaN that no gradient comes back for stays out of it.
+        weighted = tf.math.multiply_no_nan(normalized, dy)
+        gamma_gradient = tf.reduce_sum(weighted, reduced)
+        beta_gradient = tf.reduce_sum(dy, reduced)
+        through_mean = along(axis, total(dy) / divisor(count), rank)
+        slope = along(axis, total(weighted) / divisor(count), rank)
+        through_moments = through_mean + normalized * slope
+        if mask is not None:
+            through_moments = tf.where(mask, through_moments, 0.0)
+        input_gradient = (dy - through_moments) * along(
+            axis, inverse * gamma, rank
+        )
+        return (
+            tf.cast(input_gradient, inputs.dtype),
+            gamma_gradient,
+            beta_gradient,
+        )
+
+    @tf.custom_gradient
+    def gradients(*sources):
+        def second(*upstream):
+            return pulled_back(
+                lambda *sources: composed(*sources, known_moments=False),
+                sources,
+                upstream,
+            )
+
+        return composed(*sources, known_moments=True), second
+
+    return gradients(output_gradient, inputs, gamma)
+
+
+def pulled_back(function, sources, upstream):
+    """The gradient of `function(*sources)`, itself differentiable."""
+    with tf.GradientTape() as tape:
+        tape.watch(sources)
+        targets = function(*sources)
+    return tape.gradient(targets, sources, upstream)

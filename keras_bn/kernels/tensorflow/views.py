@@ -3,6 +3,8 @@
 import math
 
 import tensorflow as tf
+from tensorflow.python.eager.forwardprop_util import pack_tangents
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 # Up to this many elements the fused op spends more on waking its threads than
 # on the arithmetic, and plain ops on one thread are cheaper, in low precision
@@ -30,7 +32,7 @@ def positions(x, channels):
     """How many positions each channel has: an int where the shape is known."""
     if x.shape.is_fully_defined():
         return x.shape.num_elements() // max(channels, 1)
-    return tf.cast(tf.size(x) // channels, moments_type(x.dtype))
+    return tf.cast(tf.size(x) // max(channels, 1), moments_type(x.dtype))
 
 
 def divisor(count):
@@ -41,6 +43,22 @@ def divisor(count):
 def has_gpu():
     """Whether TensorFlow may place the kernels on a GPU."""
     return bool(tf.config.list_physical_devices("GPU"))
+
+
+def is_for_xla():
+    """Whether the graph being built is one for XLA to compile."""
+    return not tf.executing_eagerly() and GraphOrParentsInXlaContext(
+        tf.compat.v1.get_default_graph()
+    )
+
+
+def has_tangents(*tensors):
+    """Whether a `tf.autodiff.ForwardAccumulator` looks at one of them.
+
+    It goes through the operations of a custom gradient's function, and does
+    not ask for the gradient.
+    """
+    return bool(pack_tangents(tensors).tangents)
 
 
 def is_small(inputs):

@@ -100,9 +100,7 @@ def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
         `outputs` like `inputs`; their gradient goes to every tensor.
     """
     if _is_seen_through():
-        return plain.outputs(
-            inputs, gamma, beta, mean, variance, axis, epsilon
-        )
+        return plain.outputs(inputs, gamma, beta, mean, variance, axis, epsilon)
     far = _is_far(mean, variance)
     return _Normalize.apply(
         inputs, gamma, beta, mean, variance, None, None, axis, epsilon, far
@@ -170,14 +168,15 @@ class _Normalize(torch.autograd.Function):
                 )
             gradients = unflatten(dx, inputs, order), *rest
         if ctx.count is None and any(ctx.needs_input_grad[3:5]):
-            gradients = *gradients, *plain.gradients_of_constants(
-                *gradients[1:], gamma, variance, ctx.epsilon
+            gradients = (
+                *gradients,
+                *plain.gradients_of_constants(
+                    *gradients[1:], gamma, variance, ctx.epsilon
+                ),
             )
         gradients = [
             gradient if needed else None
-            for gradient, needed in zip_longest(
-                gradients, ctx.needs_input_grad
-            )
+            for gradient, needed in zip_longest(gradients, ctx.needs_input_grad)
         ]
         return tuple(gradients)
 

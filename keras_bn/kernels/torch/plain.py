@@ -32,17 +32,13 @@ def moments(inputs, axis, mask):
 def outputs(inputs, gamma, beta, mean, variance, axis, epsilon):
     """Normalized inputs, in their dtype."""
     factor = scale_factor(gamma, variance, epsilon)
-    outputs = (inputs - along(axis, mean, inputs)) * along(
-        axis, factor, inputs
-    )
+    outputs = (inputs - along(axis, mean, inputs)) * along(axis, factor, inputs)
     if beta is not None:
         outputs = outputs + along(axis, beta, inputs)
     return outputs.to(inputs.dtype)
 
 
-def gradients(
-    dy, inputs, gamma, mean, variance, count, mask, axis, epsilon
-):
+def gradients(dy, inputs, gamma, mean, variance, count, mask, axis, epsilon):
     """Of inputs, gamma and beta; through the moments where there is a count."""
     if count is not None and torch.is_grad_enabled():
         mean, variance, _ = moments(inputs, axis, mask)

@@ -170,6 +170,83 @@ def test_batch_sharding_reduces_vectors_and_gathers_nothing(shape):
     np.testing.assert_allclose(outputs, expected + 1, atol=1e-4)
 
 
+def test_gradients_inside_shard_map():
+    """Each device normalizes its shard; parameters are shared."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("batch",))
+    split, whole = (
+        jax.sharding.PartitionSpec(*names) for names in (["batch"], [])
+    )
+    inputs, direction = _random((64, 3)), _random((64, 3), 1)
+    gamma, beta = jnp.full(3, 2.0), jnp.ones(3)
+
+    def loss(gamma, beta, inputs, direction):
+        outputs = _normalize(inputs, gamma, beta)
+        return jax.lax.psum(jnp.sum(outputs * direction), "batch")
+
+    sharded = jax.shard_map(
+        loss, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=whole
+    )
+    found = jax.grad(sharded, (0, 1, 2))(gamma, beta, inputs, direction)
+    halves = [
+        reference.normalize_batch_gradient(
+            direction[half], inputs[half], gamma, axis=1, epsilon=EPSILON
+        )
+        for half in (slice(32), slice(32, None))
+    ]
+    of_inputs, of_gamma, of_beta = zip(*halves)
+    np.testing.assert_allclose(found[0], sum(of_gamma), 1e-4, 1e-4)
+    np.testing.assert_allclose(found[1], sum(of_beta), 1e-4, 1e-4)
+    np.testing.assert_allclose(found[2], np.concatenate(of_inputs), 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("far", [0.0, 1e4])
+def test_export_with_an_unknown_batch(far, masked):
+    def step(inputs, mask):
+        def outputs(inputs):
+            return _normalize(inputs, None, None, mask if masked else None)
+
+        moments = kernels.batch_moments(
+            inputs, axis=2, mask=mask if masked else None
+        )
+        _, pullback = jax.vjp(outputs, inputs)
+        return *pullback(jnp.sin(inputs)), *moments
+
+    size, *_ = jax.export.symbolic_shape("batch,4,5")
+    exported = jax.export.export(jax.jit(step))(
+        jax.ShapeDtypeStruct((size, 4, 5), "float32"),
+        jax.ShapeDtypeStruct((size, 4, 1), "bool"),
+    )
+    for batch in (1, 300):
+        inputs = _random((batch, 4, 5)) + np.float32(far)
+        mask = np.random.default_rng(0).random((batch, 4, 1)) < 0.7
+        settings = {"axis": 2, "mask": mask if masked else None}
+        found, mean, variance, count = exported.call(inputs, mask)
+        expected = reference.batch_moments(inputs, **settings)
+        np.testing.assert_allclose(mean, expected[0], 4e-7, 1e-6)
+        np.testing.assert_allclose(variance, expected[1], 1e-4)
+        np.testing.assert_array_equal(np.broadcast_to(count, [5]), expected[2])
+        right, *_ = reference.normalize_batch_gradient(
+            np.sin(inputs), inputs, None, epsilon=EPSILON, **settings
+        )
+        np.testing.assert_allclose(found, right, 1e-3, 1e-3 + 1e-6 * far)
+
+
+def test_moments_returned_have_gradients():
+    """Users of `stateless_call` may differentiate what they get back."""
+    inputs = jnp.asarray(_random((64, 3)))
+
+    def sums(inputs):
+        _, mean, variance, _ = kernels.normalize_batch(
+            inputs, None, None, axis=1, epsilon=EPSILON
+        )
+        return jnp.sum(mean**2 + variance)
+
+    found = jax.grad(sums)(inputs)
+    right = jax.grad(lambda x: jnp.sum(x.mean(0) ** 2 + x.var(0)))(inputs)
+    np.testing.assert_allclose(found, right, 1e-5, 1e-7)
+
+
 def test_synchronized_is_refused():
     with pytest.raises(ValueError, match="Received: synchronized=True"):
         kernels.batch_moments(jnp.ones((2, 3)), axis=1, synchronized=True)

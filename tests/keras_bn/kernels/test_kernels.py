@@ -234,3 +234,43 @@ def finite_differences(function, arguments, which):
             values.append(function(*moved))
         result[place] = (values[0] - values[1]) / (2 * step)
     return result
+
+
+@pytest.mark.parametrize("shape", [(16, 3), (2049, 64), (2049, 65)])
+def test_the_moments_handed_to_normalize_with_get_gradients(shape):
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(1.0, 2.0, shape)
+    output_gradient = generator.normal(size=shape)
+    mean, beta = generator.normal(size=(2, shape[1]))
+    variance, gamma = generator.uniform(0.5, 2.0, (2, shape[1]))
+    inverse = 1 / np.sqrt(variance + 1e-3)
+    normalized = (inputs - mean) * inverse
+    of_beta = output_gradient.sum(0)
+    of_gamma = (output_gradient * normalized).sum(0)
+    expected = [
+        -of_beta * gamma * inverse,
+        -of_gamma * gamma * inverse**2 / 2,
+        of_gamma,
+        of_beta,
+    ]
+
+    def outputs(mean, variance, gamma, beta):
+        return (
+            kernels.normalize_with(
+                frameworks.tensor(inputs),
+                mean,
+                variance,
+                gamma,
+                beta,
+                axis=1,
+                epsilon=1e-3,
+            ),
+        )
+
+    _, found = frameworks.gradients(
+        outputs,
+        [frameworks.tensor(v) for v in (mean, variance, gamma, beta)],
+        frameworks.tensor(output_gradient),
+    )
+    for ours, right in zip(found, expected):
+        np.testing.assert_allclose(ours, right, 1e-3, 1e-2)

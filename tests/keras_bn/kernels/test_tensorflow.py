@@ -206,3 +206,87 @@ def test_synchronized_without_replicas_changes_nothing():
         np.testing.assert_allclose(outputs, results[0], 1e-4, 1e-5)
         for a, b in zip(layer.get_weights(), layers[0].get_weights()):
             np.testing.assert_allclose(a, b, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("far", [0.0, 3.0, 25.0])
+def test_variances_under_xla(far, dtype):
+    """XLA takes E[x^2] - E[x]^2 for the fused op's variance."""
+    values = np.random.default_rng(0).normal(far, 1.0, (131072, 4))
+    inputs = tf.constant(values, dtype)
+    moments = tf.function(
+        lambda x: kernels.normalize_batch(
+            x, None, None, axis=1, epsilon=EPSILON
+        )[1:3],
+        jit_compile=True,
+    )
+    mean, variance = moments(inputs)
+    values = tf.cast(inputs, tf.float64).numpy()
+    np.testing.assert_allclose(mean, values.mean(0), 1e-6, 1e-6)
+    np.testing.assert_allclose(variance, values.var(0), 2e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("compiled", [None, False, True])
+@pytest.mark.parametrize("shape", [(40, 6), (64, 32, 32, 3), (40, 32, 32, 4)])
+def test_forward_mode(shape, compiled, masked):
+    generator = np.random.default_rng(0)
+    inputs, tangent = (
+        tf.constant(generator.normal(2.0, 1.0, shape), "float32")
+        for _ in range(2)
+    )
+    axis = len(shape) - 1
+    mask = _mask(generator, shape, axis) if masked else None
+
+    def outputs(inputs):
+        return kernels.normalize_batch(
+            inputs, None, None, axis=axis, epsilon=EPSILON, mask=mask
+        )[0]
+
+    def both(inputs, tangent):
+        with tf.autodiff.ForwardAccumulator(inputs, tangent) as forward:
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                y = outputs(inputs)
+            gradient = tape.gradient(y, inputs, tf.sin(inputs))
+        return forward.jvp(y), gradient
+
+    if compiled is not None:
+        both = tf.function(both, jit_compile=compiled)
+    found, gradient = both(inputs, tangent)
+    far = inputs.numpy().astype("float64")
+    settings = {"axis": axis, "epsilon": EPSILON, "mask": mask}
+    step = 1e-6 * tangent.numpy()
+    above, below = (
+        reference.normalize_batch(x, None, None, **settings)[0]
+        for x in (far + step, far - step)
+    )
+    np.testing.assert_allclose(found, (above - below) / 2e-6, 1e-4, 1e-4)
+    expected, *_ = reference.normalize_batch_gradient(
+        np.sin(far), far, None, **settings
+    )
+    np.testing.assert_allclose(gradient, expected, 1e-4, 1e-4)
+
+
+def test_channels_that_the_graph_does_not_know():
+    layer = keras_bn.BatchNormalization(momentum=0.0)
+    layer.build((None, 5))
+    values = np.random.default_rng(0).normal(2.0, 3.0, (8, 5)).astype("float32")
+    step = tf.function(
+        lambda x: layer(x, training=True),
+        input_signature=[tf.TensorSpec([None, None])],
+    )
+    np.testing.assert_allclose(
+        step(values), layer(values, training=True), 1e-5, 1e-5
+    )
+    np.testing.assert_allclose(layer.moving_mean, values.mean(0), 1e-5)
+
+
+def test_no_channels():
+    step = tf.function(
+        lambda x: kernels.normalize_batch(
+            x, None, None, axis=1, epsilon=EPSILON
+        )[0],
+        input_signature=[tf.TensorSpec([None, 0])],
+    )
+    assert step(tf.ones([4, 0])).shape == (4, 0)

@@ -292,9 +292,7 @@ class TestTransforms:
         scale = pulled.double().norm() * tangent.double().norm()
         assert abs(found - expected) <= 1e-5 * scale
         with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(
-                inputs.detach(), tangent
-            )
+            dual = torch.autograd.forward_ad.make_dual(inputs.detach(), tangent)
             again = torch.autograd.forward_ad.unpack_dual(outputs(dual))
         found = (again.tangent * gradient).double().sum()
         assert abs(found - expected) <= 1e-5 * scale
