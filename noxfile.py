@@ -1,7 +1,6 @@
 """The test matrix: one fresh environment per backend, and the linter.
 
-`nox` runs all of it; `nox -s "tests(backend='jax')"` one part;
-`nox -s "tests(backend='jax')" -- -m long` the tests that take minutes.
+`nox` runs all of it; `nox -s "tests(backend='jax')"` one part.
 """
 
 import nox

@@ -1,10 +1,13 @@
 """The article's experiment as programs, run from a clone of the repository.
 
 Each program is ``python -m experiments.NAME``; its logic sits in functions
-that a test or a notebook can call.
+that a test or a notebook can call. Keras is imported by those that need it,
+and not by their modules: its backend may be one that does not exist, and a
+program says so in one line.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -15,6 +18,11 @@ from absl import logging
 # TensorFlow's native start-up lines would bury a program's own one line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+BACKENDS = ("tensorflow", "jax", "torch")
+
+# The signals that asked this process to stop.
+_interruptions = []
+
 
 class ExperimentError(ValueError):
     """What the user gave cannot be used; the message is one line."""
@@ -23,8 +31,10 @@ class ExperimentError(ValueError):
 def launch(main: Callable[[list[str]], int | None]) -> None:
     """Runs ``main(argv)`` as a program, and ends the process.
 
-    An `ExperimentError` is printed as one line and gives exit code 1; an
-    interruption is printed as one line and gives exit code 130.
+    An `ExperimentError` is printed as one line and gives exit code 1, and so
+    is a flag that cannot be used. SIGINT (Ctrl-C) and SIGTERM raise
+    KeyboardInterrupt, which is printed as one line and gives exit code 130
+    and 143.
 
     Args:
         main: is given the program's name and what absl's flags left over;
@@ -47,7 +57,67 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as interruption:
-            print(f"interrupted: {interruption}", file=sys.stderr)
-            return 130
+            how_to_go_on = str(interruption) or "give the same command again"
+            print(f"interrupted: {how_to_go_on}", file=sys.stderr)
+            return 128 + (_interruptions or [signal.SIGINT])[0]
 
-    app.run(guarded)
+    sys.unraisablehook = _report_unraisable
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # What started this program may have told it to ignore the signal.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def raise_if_interrupted() -> None:
+    """Raises an interruption again that a library has swallowed.
+
+    What a signal raises is lost where Python was called from C, such as in
+    JAX's callback for the garbage collector. A long loop calls this.
+
+    Raises:
+        KeyboardInterrupt: the program was told to stop.
+    """
+    if _interruptions:
+        raise KeyboardInterrupt
+
+
+def require_backend() -> None:
+    """Finds out whether Keras has a backend to train on; imports Keras.
+
+    Raises:
+        ExperimentError: it has not.
+    """
+    try:
+        import keras
+
+        name = keras.backend.backend()
+        if name in BACKENDS:
+            return
+        reason = f"{name} cannot train"
+    except (ImportError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+    raise ExperimentError(
+        f"Keras has no backend to train on ({reason}): set KERAS_BACKEND to "
+        f"one of {', '.join(BACKENDS)} that is installed"
+    )
+
+
+def _interrupt(number, frame):
+    _interruptions.append(number)
+    raise KeyboardInterrupt
+
+
+def _report_unraisable(unraisable):
+    # A swallowed interruption is remembered: it needs no traceback.
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+
+
+def _parse_flags(argv):
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(1)

@@ -13,7 +13,7 @@ from experiments import ExperimentError
 
 BATCH_SIZE = 128
 BATCHES_PER_EPOCH = 50_000 // BATCH_SIZE  # 390 full ones; the rest is dropped
-STEPS = 156_000  # 400 epochs
+STEPS = 400 * BATCHES_PER_EPOCH  # 156,000
 LEARNING_RATE = 1e-3
 ADAM_EPSILON = 1e-8  # TensorFlow 1's default; Keras's is 1e-7
 MOMENTUM = 0.99

@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -31,10 +32,8 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from experiments import ExperimentError
 from experiments import atomic
@@ -42,6 +41,7 @@ from experiments import launch
 from experiments.benchmark_candidates import OPERATIONS
 from experiments.benchmark_candidates import PEERS
 from experiments.benchmark_candidates import has_peer
+from experiments.benchmark_tables import print_tables
 
 _BACKENDS = flags.DEFINE_list(
     "backends",
@@ -109,7 +109,8 @@ def parse_shape(text: str) -> list[int]:
         The sizes.
 
     Raises:
-        ExperimentError: the text is no such shape.
+        ExperimentError: the text is no such shape, or a channel has one
+            value alone, which cannot be normalized in training.
     """
     parts = text.strip().split("x")
     if not (2 <= len(parts) <= 5) or not all(
@@ -119,7 +120,29 @@ def parse_shape(text: str) -> list[int]:
             "--shapes takes two to five positive sizes joined by x, as in "
             f"128x32x32x32. Received: {text!r}"
         )
-    return [int(part) for part in parts]
+    shape = [int(part) for part in parts]
+    if math.prod(shape[:-1]) == 1:
+        raise ExperimentError(
+            "--shapes needs two or more values in a channel, as in 2x8. "
+            f"Received: {text!r}"
+        )
+    return shape
+
+
+def parse_shapes(texts: list[str]) -> list[list[int]]:
+    """Reads shapes as `parse_shape` does, each of them once.
+
+    Raises:
+        ExperimentError: there is none, or a text is no such shape.
+    """
+    shapes = []
+    for shape in map(parse_shape, texts):
+        # Timings are told apart by their shape.
+        if shape not in shapes:
+            shapes.append(shape)
+    if not shapes:
+        raise ExperimentError("--shapes is empty; name one as 128x1024")
+    return shapes
 
 
 def parse_backends(names: list[str] | None) -> list[str]:
@@ -129,7 +152,7 @@ def parse_backends(names: list[str] | None) -> list[str]:
         names: backends, or None for all that are installed.
 
     Returns:
-        The backends to time on.
+        The backends to time on, each once.
 
     Raises:
         ExperimentError: one is unknown or not installed, or none is.
@@ -151,7 +174,7 @@ def parse_backends(names: list[str] | None) -> list[str]:
             )
     if not names:
         raise ExperimentError(f"--backends is empty; name {', '.join(PEERS)}")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def measure(
@@ -181,16 +204,22 @@ def measure(
             env=environment,
             cwd=Path(__file__).parents[1],
         )
-        # A child that died at once is told of below, by its own last line.
-        with contextlib.suppress(BrokenPipeError), child.stdin:
-            child.stdin.write(json.dumps(request | {"backend": backend}))
-        result = None
-        for line in child.stdout:
-            answer = json.loads(line)
-            if "progress" in answer:
-                on_progress(f"{backend} {answer['progress']}")
-            result = answer.get("result")
-        if child.wait() or result is None:
+        try:
+            # A child that died at once is told of below, by its last line.
+            with contextlib.suppress(BrokenPipeError), child.stdin:
+                child.stdin.write(json.dumps(request | {"backend": backend}))
+            result = None
+            for line in child.stdout:
+                answer = json.loads(line)
+                if "progress" in answer:
+                    on_progress(f"{backend} {answer['progress']}")
+                result = answer.get("result")
+            child.wait()
+        finally:
+            # An interruption must not leave it behind, measuring on.
+            child.kill()
+            child.wait()
+        if child.returncode or result is None:
             stderr.seek(0)
             lines = stderr.read().strip().splitlines() or ["no message"]
             raise ExperimentError(
@@ -295,54 +324,10 @@ def describe_machine() -> dict:
     }
 
 
-def print_tables(report: dict, console: Console) -> None:
-    """Prints what `main` gathered, in milliseconds per call."""
-    groups = {}
-    for row in report["measurements"]:
-        groups.setdefault((row["backend"], tuple(row["shape"])), []).append(row)
-    for (backend, shape), rows in groups.items():
-        table = Table(
-            title=f"{backend}, {'x'.join(map(str, shape))} "
-            f"{report['dtype']}, milliseconds",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        table.add_column("operation", no_wrap=True)
-        table.add_column("layer", no_wrap=True)
-        for heading in ("CPU", "x Keras", "x floor", "wall", "x Keras"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(
-                row["operation"],
-                row["name"],
-                f"{1e3 * row['cpu_seconds']['median']:.3f}",
-                f"{row['cpu_to_keras']:.2f}",
-                f"{row['cpu_to_floor']:.2f}",
-                f"{1e3 * row['wall_seconds']['median']:.3f}",
-                f"{row['wall_to_keras']:.2f}",
-            )
-        console.print(table)
-    for name, step in report["training_step"].items():
-        console.print(
-            f"training step, {name}: "
-            f"{1e3 * step['cpu_seconds']['median']:.1f} ms CPU "
-            f"({step['cpu_added_percent']:+.1f}%), "
-            f"{1e3 * step['wall_seconds']['median']:.1f} ms wall",
-            highlight=False,
-        )
-    for left_out in report["left_out"]:
-        console.print(f"left out: {left_out}", highlight=False)
-    settings = " ".join(f"{k}={v}" for k, v in report["environment"].items())
-    console.print(f"measured with {settings}", highlight=False)
-
-
 def run() -> None:
     """Measures what the flags ask for; prints it and writes it."""
     backends = parse_backends(_BACKENDS.value)
-    shapes = [parse_shape(text) for text in _SHAPES.value]
-    if not shapes:
-        raise ExperimentError("--shapes is empty; name one as 128x1024")
+    shapes = parse_shapes(_SHAPES.value)
     if _OUTPUT.value is not None:
         atomic.check_writable(_OUTPUT.value)  # before minutes of measuring
     report = {

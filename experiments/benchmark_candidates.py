@@ -183,9 +183,7 @@ def _jax_candidates(inputs, gradient, dtype) -> list[Candidate]:
         module = linen.BatchNorm(
             momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype
         )
-        variables = module.init(
-            jax.random.key(0), x, use_running_average=False
-        )
+        variables = module.init(jax.random.key(0), x, use_running_average=False)
 
         def apply(parameters, statistics, x, training):
             y, updated = module.apply(

@@ -74,9 +74,7 @@ def interleaved(
                 cpu, wall = time.process_time(), time.perf_counter()
                 for _ in range(number):
                     call()
-                timings[name].wall.append(
-                    (time.perf_counter() - wall) / number
-                )
+                timings[name].wall.append((time.perf_counter() - wall) / number)
                 timings[name].cpu.append((time.process_time() - cpu) / number)
     finally:
         gc.enable()
@@ -200,9 +198,7 @@ def main() -> None:
             shape,
             request["dtype"],
             request["repetitions"],
-            lambda operation, size=size: answer(
-                progress=f"{size} {operation}"
-            ),
+            lambda operation, size=size: answer(progress=f"{size} {operation}"),
         )
     answer(result=entries)
 

@@ -41,14 +41,14 @@ def download(data_dir: str, stall_seconds: float | None = None) -> None:
     behind then.
 
     Raises:
-        DownloadError: the download stalled or failed.
-        ExperimentError: `data_dir` cannot be written to.
+        DownloadError: the download stalled or failed, or `data_dir` cannot
+            be written to.
     """
     try:
         os.makedirs(data_dir, exist_ok=True)
         staging = tempfile.mkdtemp(prefix="cifar10-download-", dir=data_dir)
     except OSError as error:
-        raise ExperimentError(
+        raise DownloadError(
             f"cannot write to the data folder {data_dir} ({error.strerror})"
         ) from error
     try:

@@ -1,11 +1,16 @@
 """The article's convolutional network, built from a `Condition`."""
 
-import keras
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-from keras import layers
 
 from experiments import ExperimentError
 from experiments import article
+
+if TYPE_CHECKING:
+    import keras
 
 LAYERS = ("keras_bn", "keras")
 
@@ -40,6 +45,9 @@ def build(
     Raises:
         ExperimentError: `layer` is not one of `LAYERS`.
     """
+    import keras
+    from keras import layers
+
     batch_normalization = _batch_normalization(layer)
     # A stream for each layer that draws random numbers. 31 bits: on PyTorch
     # Keras keeps a seed as int32.
@@ -91,7 +99,9 @@ def build(
 
 def _batch_normalization(layer):
     if layer == "keras":
-        return layers.BatchNormalization
+        from keras.layers import BatchNormalization
+
+        return BatchNormalization
     if layer == "keras_bn":
         # Where keras_bn is not asked for, it need not be importable.
         from keras_bn import BatchNormalization

@@ -173,9 +173,7 @@ def draw(
         )
         axes.set_xlabel("training steps")
         axes.set_ylabel("test accuracy")
-        figure.legend(
-            loc="outside lower left", frameon=False, handlelength=3
-        )
+        figure.legend(loc="outside lower left", frameon=False, handlelength=3)
         buffer = io.StringIO()
         figure.savefig(
             buffer,

@@ -99,9 +99,7 @@ def _introduction(contents) -> str:
     ]
     longest = max(run.facts["steps"] for run in runs)
     if longest < article.STEPS:
-        departures.append(
-            f"{longest:,} steps (the article: {article.STEPS:,})"
-        )
+        departures.append(f"{longest:,} steps (the article: {article.STEPS:,})")
     if departures:
         sentences.append(
             f"Set otherwise than in the article: {'; '.join(departures)}."

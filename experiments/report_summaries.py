@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def read_published_curves(path: Path | str) -> dict[int, np.ndarray]:
         Condition number -> float array of (step, accuracy) rows by step.
 
     Raises:
-        ExperimentError: the file cannot be read or is no such table.
+        ExperimentError: the file cannot be read or is no such table, or has
+            too few rows of a condition to be smoothed.
     """
     curves = {}
     try:
@@ -136,6 +138,10 @@ def read_published_curves(path: Path | str) -> dict[int, np.ndarray]:
                 try:
                     point = (int(row["step"]), float(row["test_accuracy"]))
                     number = int(row["condition"])
+                    if point[0] not in range(sys.maxsize):
+                        raise ValueError("no number of steps")
+                    if not 0 <= point[1] <= 1:  # nor is NaN
+                        raise ValueError("no accuracy")
                 except (KeyError, TypeError, ValueError) as error:
                     raise ExperimentError(
                         f"{path}, line {reader.line_num}: not a row of "
@@ -143,13 +149,20 @@ def read_published_curves(path: Path | str) -> dict[int, np.ndarray]:
                         "the article's curves"
                     ) from error
                 curves.setdefault(number, []).append(point)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "not a table in text"
         raise ExperimentError(
             f"cannot read published_curves={path}: {reason}"
         ) from error
     if not curves:
         raise ExperimentError(f"published_curves={path} has no rows")
+    for number, points in curves.items():
+        if len(points) < article.SMOOTHING_POINTS:
+            raise ExperimentError(
+                f"published_curves={path} has {len(points)} of the "
+                f"{article.SMOOTHING_POINTS} rows or more that condition "
+                f"{number} needs; give the csv of the article's curves"
+            )
     return {
         number: np.array(sorted(points), float)
         for number, points in curves.items()

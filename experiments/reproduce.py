@@ -1,9 +1,11 @@
 """Trains the article's conditions, as many as asked for, and reports on them.
 
-    python -m experiments.reproduce                     two conditions, minutes
-    python -m experiments.reproduce --preset=article    all 12, days on a CPU
+    python -m experiments.reproduce
+    python -m experiments.reproduce --preset=article --output=results/article
 
-A finished run is not trained again and an interrupted one goes on, so the
+The first trains two conditions in minutes, the second all 12, which takes
+days on a CPU. Each has a folder of its own, for their settings differ. A
+finished run is not trained again and an interrupted one goes on, so the
 same command can be given until all is done. The report is written at the end.
 """
 
@@ -16,10 +18,16 @@ from absl import flags
 
 from experiments import ExperimentError
 from experiments import article
+from experiments import atomic
 from experiments import data
 from experiments import launch
 from experiments import report
+from experiments import report_summaries
+from experiments import require_backend
+from experiments import result_files
+from experiments import run_settings
 from experiments import train
+from experiments.run_settings import Settings
 
 PRESETS = {
     # Condition 11, the article's best, and the same without batch
@@ -34,15 +42,13 @@ PRESETS = {
 }
 
 
-def grid(
-    conditions: Sequence[int], seeds: int, **settings
-) -> list[train.Settings]:
+def grid(conditions: Sequence[int], seeds: int, **settings) -> list[Settings]:
     """Returns the settings of every run of a grid.
 
     Args:
         conditions: the article's numbers.
         seeds: number of seeds; they are 0 to `seeds` - 1.
-        **settings: other attributes of `train.Settings`, common to all.
+        **settings: other attributes of `Settings`, common to all.
 
     Raises:
         ExperimentError: a value is out of its range, or there is no run.
@@ -54,14 +60,14 @@ def grid(
     if not conditions:
         raise ExperimentError("give conditions, such as --conditions=2,11")
     return [
-        train.Settings(condition=condition, seed=seed, **settings)
+        Settings(condition=condition, seed=seed, **settings)
         for seed in range(seeds)
         for condition in sorted(set(conditions))
     ]
 
 
 def run(
-    runs: Sequence[train.Settings],
+    runs: Sequence[Settings],
     dataset: data.Dataset,
     output: Path | str,
 ) -> dict[int, list[float]]:
@@ -76,12 +82,16 @@ def run(
         Condition number -> final test accuracy (0 to 1) of each seed.
 
     Raises:
-        ExperimentError: as `train.run`.
+        ExperimentError: as `train.run`; or the report could not have these
+            runs beside others in that folder.
         KeyboardInterrupt: as `train.run`.
     """
     # Found out now rather than hours into the grid.
     for settings in runs:
         train.open_folder(settings, dataset, output)
+    result_files.check_addition(
+        output, [train.describe(settings, dataset) for settings in runs]
+    )
     accuracies = {}
     with tqdm.tqdm(
         desc=f"all {len(runs)} runs",
@@ -117,7 +127,7 @@ def table(
                 condition.batch_norm,
                 f"{condition.dropout:g}",
                 _spread(values),
-                published(number, steps) if comparable else "none",
+                _published(number, steps) if comparable else "none",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -134,32 +144,36 @@ def _spread(values):
     return f"{mean} +- {deviation:.3f} ({len(values)} seeds)"
 
 
-def published(number: int, steps: int) -> str:
-    """Returns the article's accuracy after `steps`, or the next it gives."""
-    facts = article.PUBLISHED[number]
-    if steps in facts.at_step:
-        return f"{facts.at_step[steps]:.3f}"
-    if steps >= article.STEPS:
-        return f"{facts.last:.3f}"
-    later = [step for step in facts.at_step if step > steps]
-    if later:
-        return f"{facts.at_step[later[0]]:.3f} at {later[0]:,} steps"
-    return f"{facts.last:.3f} at {article.STEPS:,} steps"
+def _published(number, steps):
+    """Returns the article's accuracy as the report has it."""
+    accuracy, step = report_summaries.published_at(number, steps, None)
+    text = f"{accuracy:.3f}"
+    return text if step == steps else f"{text} at {step:,} steps"
 
 
 def define_flags() -> None:
     """Defines this program's flags."""
-    train.define_shared_flags()
+    run_settings.define_flags()
+    flags.adopt_module_key_flags(run_settings)
     flags.DEFINE_enum(
-        "preset", "quick", list(PRESETS), "Size, where flags do not say it."
+        "preset",
+        "quick",
+        list(PRESETS),
+        "What is left out of conditions, steps and eval_every. quick: "
+        "conditions 2 and 11, 600 steps, evaluated every 100; article: all "
+        "12, 156000 steps, evaluated every 156.",
     )
-    flags.DEFINE_list("conditions", None, "The article's numbers, as 2,11.")
+    flags.DEFINE_list(
+        "conditions",
+        None,
+        "The article's numbers, as 2,11 (default: the preset's).",
+    )
     flags.DEFINE_integer("seeds", 1, "Number of seeds.")
 
 
-def runs_from_flags() -> list[train.Settings]:
+def runs_from_flags() -> list[Settings]:
     """Returns the grid that the flags ask for; raises as `grid`."""
-    given = {**PRESETS[flags.FLAGS.preset], **train.given_settings()}
+    given = {**PRESETS[flags.FLAGS.preset], **run_settings.given()}
     if flags.FLAGS.conditions is not None:
         try:
             given["conditions"] = [int(x) for x in flags.FLAGS.conditions]
@@ -176,6 +190,8 @@ def main(argv):
     runs, output = runs_from_flags(), flags.FLAGS.output
     for settings in runs:
         train.check_output(settings, output)
+    atomic.check_writable(Path(output) / "report.html")
+    require_backend()
     dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     print(f"{dataset.note}, {runs[0].steps:,} steps -> {output}")
     accuracies = run(runs, dataset, output)

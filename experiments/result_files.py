@@ -1,8 +1,13 @@
-"""Reads what training left behind: `<results>/<condition>/<seed>/`."""
+"""Reads what training left behind: `<results>/<condition>/<seed>/`.
+
+`run_folder` says what is in that folder.
+"""
 
 import dataclasses
 import json
-import math
+import os
+import reprlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +35,57 @@ SETTINGS = (
 )
 # What may differ from run to run, but is then said.
 CIRCUMSTANCES = ("device", "packages", "revision")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_whole(value) or isinstance(value, float)
+
+
+# What a value in a file must be, in words and as a test.
+_TEXT = ("text", lambda x: isinstance(x, str) and x.isprintable())
+_COUNT = ("a whole number", lambda x: _is_whole(x) and x >= 0)
+_NUMBER = ("a number", _is_number)
+_SHARE = ("a number from 0 to 1", lambda x: _is_number(x) and 0 <= x <= 1)
+_AMOUNT = (
+    "a number of at least 0",
+    lambda x: _is_number(x) and 0 <= x <= sys.float_info.max,
+)
+_MOST_STEPS = 2**63 - 1  # as NumPy counts
+_FACTS = {
+    "condition": (
+        "one of the article's",
+        lambda x: _is_whole(x) and x in range(len(article.CONDITIONS)),
+    ),
+    "seed": _COUNT,
+    "steps": (
+        "a number of steps",
+        lambda x: _is_whole(x) and 1 <= x <= _MOST_STEPS,
+    ),
+    "dataset": _TEXT,
+}
+_OPTIONAL_FACTS = {
+    **dict.fromkeys(("dataset_version", "dataset_copy"), _TEXT),
+    **dict.fromkeys(("input", "layer", "optimizer", "backend"), _TEXT),
+    **dict.fromkeys(("device", "revision"), _TEXT),
+    **dict.fromkeys(("eval_every", "batch_size"), _COUNT),
+    "learning_rate": _NUMBER,
+    "optimizer_epsilon": (
+        "a number or null",
+        lambda x: x is None or _is_number(x),
+    ),
+    "shuffle": ("true or false", lambda x: isinstance(x, bool)),
+    "packages": ("an object", lambda x: isinstance(x, dict)),
+    "continued_by": (
+        "a list of objects",
+        lambda x: isinstance(x, list) and all(isinstance(y, dict) for y in x),
+    ),
+}
+_METRICS = {"test_accuracy": _SHARE}
+_TIMING = {"train_seconds": _AMOUNT, "images_per_second": _AMOUNT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,23 +136,98 @@ def read_runs(results_dir: Path | str) -> list[Run]:
             line are given), or two runs were made with different settings.
     """
     results_dir = Path(results_dir)
-    if not results_dir.is_dir():
+    if not os.path.isdir(results_dir):
         raise ExperimentError(
             "the folder of results does not exist; give the one that "
             f"training wrote. Received: results={results_dir}"
         )
-    paths = list(results_dir.glob("*/*/run.json"))
-    if not paths:
+    runs = sorted(
+        (_read_run(path) for path in results_dir.glob("*/*/run.json")),
+        key=lambda run: (run.condition.number, run.seed),
+    )
+    if not runs:
         raise ExperimentError(
             f"no results in {results_dir}: train a condition first "
             "(python -m experiments.train), or give another folder"
         )
-    runs = sorted(
-        (_read_run(path) for path in paths),
-        key=lambda run: (run.condition.number, run.seed),
-    )
-    _require_same_settings(runs)
+    _require_same_settings([run.facts for run in runs])
     return runs
+
+
+def check_addition(results_dir: Path | str, additions: Sequence[dict]) -> None:
+    """Finds out whether a folder's report could have some more runs in it.
+
+    Args:
+        results_dir: folder of all results, which need not be there yet.
+        additions: what is to be in the `run.json` of each of those runs.
+            Where one of them is there already, it is left to whoever goes
+            on with it.
+
+    Raises:
+        ExperimentError: a file of another run is damaged, or two runs were
+            made with different settings.
+    """
+    results_dir = Path(results_dir)
+    own = {_folder(facts) for facts in additions}
+    others = [
+        _read_run(path).facts
+        for path in sorted(results_dir.glob("*/*/run.json"))
+        if str(path.parent.relative_to(results_dir)) not in own
+    ]
+    _require_same_settings([*additions, *others])
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a run's folder has its final weights: training is done."""
+    return os.path.exists(folder / "final.weights.h5")
+
+
+def read_facts(path: Path) -> dict:
+    """Reads a run.json.
+
+    Raises:
+        ExperimentError: it cannot be read, or is damaged.
+    """
+    facts = _parse(path, _read_text(path))
+    given = {x: _OPTIONAL_FACTS[x] for x in _OPTIONAL_FACTS if x in facts}
+    _check(path, facts, {**_FACTS, **given})
+    return facts
+
+
+def read_metrics(
+    folder: Path, steps: int, drop_torn: bool = False
+) -> list[dict]:
+    """Reads the lines of a run's metrics.jsonl, none if it is not there.
+
+    Args:
+        folder: the run's.
+        steps: its training steps when it is finished.
+        drop_torn: whether to leave out a last line that an interruption cut
+            short. Otherwise such a line is an error like any other damage.
+
+    Returns:
+        Objects with the step, which ascends, and `test_accuracy`, 0 to 1.
+
+    Raises:
+        ExperimentError: the file cannot be read, is damaged, or lacks the
+            last line of a finished run.
+    """
+    path = folder / "metrics.jsonl"
+    finished = has_weights(folder)  # asked first, for it may be finished now
+    lines = _read_lines(path, steps, _METRICS, drop_torn)
+    last = lines[-1]["step"] if lines else 0
+    if finished and last != steps:
+        raise _damaged(
+            path, f"ends at step {last}, but the run is finished at {steps}"
+        )
+    return lines
+
+
+def read_timing(
+    folder: Path, steps: int, drop_torn: bool = False
+) -> list[dict]:
+    """Reads the lines of a run's timing.jsonl, as `read_metrics` does."""
+    return _read_lines(folder / "timing.jsonl", steps, _TIMING, drop_torn)
 
 
 def differing_circumstances(runs: Sequence[Run]) -> list[str]:
@@ -127,38 +258,52 @@ def describe(value: object) -> str:
     return "not recorded" if value is None else str(value)
 
 
-def _require_same_settings(runs: Sequence[Run]) -> None:
+def _require_same_settings(runs: Sequence[dict]) -> None:
+    """Compares what is, or is to be, in the run.json of some runs."""
     first = runs[0]
-    for run in runs[1:]:
+    for facts in runs[1:]:
         for name in SETTINGS:
-            one, other = first.facts.get(name), run.facts.get(name)
+            one, other = first.get(name), facts.get(name)
             if one != other:
                 raise ExperimentError(
                     f"the results differ in {name}: {describe(one)} in "
-                    f"{_folder(first)}, {describe(other)} in {_folder(run)}; "
-                    "keep each setting's results in a folder of their own"
+                    f"{_folder(first)}, {describe(other)} in "
+                    f"{_folder(facts)}; keep each setting's results in a "
+                    "folder of their own"
                 )
 
 
-def _folder(run: Run) -> str:
-    return f"{run.condition.number}/{run.seed}"
+def _folder(facts: dict) -> str:
+    return f"{facts['condition']}/{facts['seed']}"
 
 
-def _damaged(path: Path, line: int, reason: str) -> ExperimentError:
+def _damaged(where: object, reason: str) -> ExperimentError:
     return ExperimentError(
-        f"{path}, line {line}: {reason}; repair or delete that run's folder"
+        f"{where}: {reason}; repair or delete that run's folder"
     )
+
+
+def _check(where: object, values: dict, kinds: dict) -> None:
+    for name, (words, fits) in kinds.items():
+        if name not in values:
+            raise _damaged(where, f"{name} is missing")
+        if not fits(values[name]):
+            value = reprlib.repr(values[name])
+            raise _damaged(where, f"{name} is not {words}: {value}")
 
 
 def _parse(path: Path, text: str, line: int = 1) -> dict:
     try:
         parsed = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         # A file of many lines counts its own; a line stands where it is.
-        line += error.lineno - 1
-        raise _damaged(path, line, f"not JSON ({error.msg})") from error
+        line += getattr(error, "lineno", 1) - 1
+        reason = getattr(error, "msg", "too long or too deep")
+        raise _damaged(
+            f"{path}, line {line}", f"not JSON ({reason})"
+        ) from error
     if not isinstance(parsed, dict):
-        raise _damaged(path, line, "not a JSON object")
+        raise _damaged(f"{path}, line {line}", "not a JSON object")
     return parsed
 
 
@@ -167,54 +312,54 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise _damaged(path, line, "not UTF-8 text") from error
+        raise _damaged(f"{path}, line {line}", "not UTF-8 text") from error
     except OSError as error:
         raise ExperimentError(
             f"cannot read {path}: {error.strerror}"
         ) from error
 
 
-def _read_lines(path: Path, *keys: str) -> list[dict]:
-    """Reads JSON lines, each an object with finite numbers under `keys`."""
-    if not path.exists():
+def _read_lines(
+    path: Path, steps: int, kinds: dict, drop_torn: bool
+) -> list[dict]:
+    """Reads JSON lines: objects of numbers, `kinds` and a step among them."""
+    if not os.path.exists(path):
         return []
+    *texts, torn = _read_text(path).split("\n")
+    if torn.endswith("}"):  # whole but for the end of the line
+        texts.append(torn)
+    elif torn and not drop_torn:
+        raise ExperimentError(
+            f"{path}, line {len(texts) + 1}: cut short by an interruption; "
+            "give the same command again, or delete that run's folder if the "
+            "run is finished"
+        )
+    step = (
+        f"one of the steps 1 to {steps}",
+        lambda x: _is_whole(x) and 1 <= x <= steps,
+    )
     rows = []
-    for number, text in enumerate(_read_text(path).splitlines(), start=1):
-        row = _parse(path, text, number)
-        for key in keys:
-            value = row.get(key)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not math.isfinite(value)
-            ):
-                raise _damaged(
-                    path, number, f"{key} is not a number: {value!r}"
-                )
+    for number, text in enumerate(texts, start=1):
+        row, where = _parse(path, text, number), f"{path}, line {number}"
+        numbers = dict.fromkeys(row, _NUMBER)
+        _check(where, row, {**numbers, "step": step, **kinds})
         if rows and row["step"] <= rows[-1]["step"]:
             raise _damaged(
-                path, number, f"step {row['step']} after {rows[-1]['step']}"
+                where, f"step {row['step']} after {rows[-1]['step']}"
             )
         rows.append(row)
     return rows
 
 
 def _read_run(path: Path) -> Run:
-    facts = _parse(path, _read_text(path))
-    for key in ("condition", "seed", "steps", "dataset"):
-        if key not in facts:
-            raise _damaged(path, 1, f"{key} is missing")
-    folder = path.parent
-    named = f"{facts['condition']}/{facts['seed']}"
-    if f"{folder.parent.name}/{folder.name}" != named:
+    facts, folder = read_facts(path), path.parent
+    if f"{folder.parent.name}/{folder.name}" != _folder(facts):
         raise ExperimentError(
-            f"{path} is of condition and seed {named}; move its folder to "
-            "that name"
+            f"{path} is of condition and seed {_folder(facts)}; move its "
+            "folder to that name"
         )
-    metrics = _read_lines(folder / "metrics.jsonl", "step", "test_accuracy")
-    timing = _read_lines(
-        folder / "timing.jsonl", "step", "train_seconds", "images_per_second"
-    )
+    metrics = read_metrics(folder, facts["steps"])
+    timing = read_timing(folder, facts["steps"])
     speeds = [row["images_per_second"] for row in timing]
     return Run(
         condition=article.condition(facts["condition"]),

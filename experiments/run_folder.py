@@ -14,6 +14,8 @@
 The lines are JSON objects. Those of metrics.jsonl depend on run.json alone.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -21,15 +23,16 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import keras
 import numpy as np
 
 from experiments import ExperimentError
 from experiments import atomic
+from experiments import result_files
 
-# What may change between an interruption and its continuation.
-CIRCUMSTANCES = ("device", "packages", "revision")
+if TYPE_CHECKING:
+    import keras
 
 
 class RunFolder:
@@ -42,7 +45,8 @@ class RunFolder:
         description: the content of run.json.
 
     Raises:
-        ExperimentError: the folder holds a run of another description.
+        ExperimentError: the folder holds a run of another description, or
+            files that are damaged or of which nothing says what made them.
     """
 
     def __init__(self, path: Path, description: dict):
@@ -54,24 +58,38 @@ class RunFolder:
         self._metrics = path / "metrics.jsonl"
         self._timing = path / "timing.jsonl"
         self._board = None
-        if self._facts.exists():
-            self._require_same(self._read_facts())
+        if os.path.exists(self._facts):
+            self._require_same(result_files.read_facts(self._facts))
+            # Damage is found now rather than hours into a grid of runs.
+            self.metrics()
+            self._read(result_files.read_timing)
+        else:
+            self._require_empty()
 
     @property
     def finished(self) -> bool:
-        return self._weights.exists()
+        return result_files.has_weights(self.path)
 
-    def _read_facts(self):
-        try:
-            return dict(json.loads(self._facts.read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError) as error:
-            raise _unreadable(self._facts) from error
+    def _require_empty(self):
+        for path in (
+            self._weights,
+            self._checkpoint,
+            self._metrics,
+            self._timing,
+        ):
+            if os.path.exists(path):
+                raise ExperimentError(
+                    f"{self.path} has {path.name} but no {self._facts.name} "
+                    "that says what made it: give another output, or delete "
+                    "the folder"
+                )
 
     def _require_same(self, facts):
         differing = [
             f"{name}={facts.get(name)} there, {value} now"
             for name, value in self._description.items()
-            if name not in CIRCUMSTANCES and facts.get(name) != value
+            if name not in result_files.CIRCUMSTANCES
+            and facts.get(name) != value
         ]
         if differing:
             raise ExperimentError(
@@ -84,8 +102,11 @@ class RunFolder:
         """Says what makes the run, from now on if it was begun earlier."""
         facts = self._description
         if self._facts.exists():
-            facts = self._read_facts()
-            now = {name: self._description[name] for name in CIRCUMSTANCES}
+            facts = result_files.read_facts(self._facts)
+            now = {
+                name: self._description[name]
+                for name in result_files.CIRCUMSTANCES
+            }
             last = [facts, *facts.get("continued_by", [])][-1]
             if all(last.get(name) == now[name] for name in now):
                 return
@@ -101,21 +122,47 @@ class RunFolder:
             The number of training steps done.
 
         Raises:
-            ExperimentError: a file cannot be read or written.
+            ExperimentError: a file cannot be read or written, or ends before
+                the checkpoint.
         """
-        self._write_facts()
         step = 0
         if self._checkpoint.exists():
             step = restore(self._checkpoint, model)
-        for path in (self._metrics, self._timing):
-            kept = "".join(json.dumps(x) + "\n" for x in _lines(path, step))
-            atomic.write_text(path, kept)
+        kept = {
+            path: [line for line in self._read(read) if line["step"] <= step]
+            for path, read in (
+                (self._metrics, result_files.read_metrics),
+                (self._timing, result_files.read_timing),
+            )
+        }
+        for path, lines in kept.items():
+            last = lines[-1]["step"] if lines else 0
+            if last != step:
+                raise ExperimentError(
+                    f"{path} has no line of step {step}, where the run is to "
+                    "go on: delete its folder to begin the run anew"
+                )
+        self._write_facts()
+        for path, lines in kept.items():
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            atomic.write_text(path, text)
         self._board = _tensorboard(self.path / "tensorboard", self.metrics())
         return step
 
     def metrics(self) -> list[dict]:
-        """Returns the lines of metrics.jsonl."""
-        return _lines(self._metrics, float("inf"))
+        """Returns the lines of metrics.jsonl.
+
+        Raises:
+            ExperimentError: they are damaged, or a finished run's are not
+                all there.
+        """
+        return self._read(result_files.read_metrics)
+
+    def _read(self, read):
+        # What an interruption cut short, training goes on from.
+        return read(
+            self.path, self._description["steps"], drop_torn=not self.finished
+        )
 
     def record(self, metrics: dict, timing: dict, model: keras.Model) -> None:
         """Adds a line to each file and a checkpoint; both have "step"."""
@@ -150,6 +197,8 @@ def save(path: Path, model: keras.Model, step: int) -> None:
         model: a compiled model.
         step: number of training steps done.
     """
+    import keras
+
     state = {
         f"variable_{number}": keras.ops.convert_to_numpy(variable)
         for number, variable in enumerate(_state(model))
@@ -198,21 +247,6 @@ def _replacing(path: Path) -> Iterator[Path]:
         os.replace(incomplete, path)
     finally:
         incomplete.unlink(missing_ok=True)
-
-
-def _lines(path, last_step):
-    """Returns the lines up to a step; a torn last one is left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-                if line["step"] > last_step:
-                    break
-            except (ValueError, TypeError, KeyError):
-                break
-            lines.append(line)
-    return lines
 
 
 def _tensorboard(folder, metrics):

@@ -1,22 +1,23 @@
 """Trains one condition of the article.
 
-    python -m experiments.train --condition=11 --steps=2000
+    python -m experiments.train --condition=11 --steps=2000 --output=results/one
 
 The run's folder is ``OUTPUT/CONDITION/SEED/``; `run_folder` says what is in
 it. A run that was interrupted goes on from its last evaluation, on a CPU with
 the metrics of an undisturbed run bit for bit.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import importlib
-import math
 import platform
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import keras
 import numpy as np
 import tqdm
 from absl import flags
@@ -27,80 +28,23 @@ from experiments import atomic
 from experiments import data
 from experiments import launch
 from experiments import models
+from experiments import raise_if_interrupted
+from experiments import require_backend
+from experiments import result_files
 from experiments import run_folder
+from experiments import run_settings
+from experiments.run_settings import Settings
 
-OPTIMIZERS = ("adam", "sgd", "rmsprop")
+if TYPE_CHECKING:
+    import keras
+
 EVALUATION_BATCH = 500
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a run is asked to do: the article's settings, but fewer steps.
-
-    Attributes:
-        condition: the article's number, 0 to 11.
-        seed: of the initial kernels, dropout and shuffling.
-        steps: training steps.
-        eval_every: training steps between evaluations; the last step always
-            has one.
-        batch_size: images in a step.
-        optimizer: one of `OPTIMIZERS`.
-        learning_rate: constant over the run.
-        input: "raw" or "standardized", see `data.inputs`.
-        shuffle: whether each epoch has an order of its own.
-        layer: "keras_bn" or "keras", see `models.build`.
-
-    Raises:
-        ExperimentError: a value is out of its range.
-    """
-
-    condition: int
-    seed: int = 0
-    steps: int = 600
-    eval_every: int = 100
-    batch_size: int = article.BATCH_SIZE
-    optimizer: str = "adam"
-    learning_rate: float = article.LEARNING_RATE
-    input: str = "raw"
-    shuffle: bool = False
-    layer: str = "keras_bn"
-
-    def __post_init__(self):
-        article.condition(self.condition)
-        for name, least in (
-            ("seed", 0),
-            ("steps", 1),
-            ("eval_every", 1),
-            ("batch_size", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ExperimentError(
-                    f"{name} is a whole number of at least {least}. "
-                    f"Received: {name}={getattr(self, name)}"
-                )
-        if not 0 < self.learning_rate < math.inf:
-            raise ExperimentError(
-                "learning_rate is a positive number. "
-                f"Received: learning_rate={self.learning_rate}"
-            )
-        for name, choices in (
-            ("optimizer", OPTIMIZERS),
-            ("input", data.INPUTS),
-            ("layer", models.LAYERS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ExperimentError(
-                    f"{name} is one of {', '.join(choices)}. "
-                    f"Received: {name}={getattr(self, name)!r}"
-                )
-
-    def folder(self, output: Path | str) -> Path:
-        """Returns the run's own folder below that of all results."""
-        return Path(output) / str(self.condition) / str(self.seed)
 
 
 def check_output(settings: Settings, output: Path | str) -> None:
     """Finds out, before anything is loaded, whether a run can be written.
+
+    A finished run is only read.
 
     Raises:
         ExperimentError: it cannot be.
@@ -109,7 +53,9 @@ def check_output(settings: Settings, output: Path | str) -> None:
         raise ExperimentError(
             "output is the folder of all results. Received: an empty one"
         )
-    atomic.check_writable(settings.folder(output) / "run.json")
+    folder = settings.folder(output)
+    if not result_files.has_weights(folder):
+        atomic.check_writable(folder / "run.json")
 
 
 def run(
@@ -131,8 +77,8 @@ def run(
         The objects in the run's metrics.jsonl.
 
     Raises:
-        ExperimentError: the folder holds a run of other settings, or cannot
-            be read or written to.
+        ExperimentError: the folder holds a run of other settings, or damaged
+            files, or cannot be read or written to.
         KeyboardInterrupt: the run was interrupted; it says how to go on.
     """
     folder = open_folder(settings, dataset, output)
@@ -158,7 +104,7 @@ def open_folder(
     """Returns the folder of a run, which need not be there yet.
 
     Raises:
-        ExperimentError: it holds a run of other settings.
+        ExperimentError: it holds a run of other settings, or damaged files.
     """
     return run_folder.RunFolder(
         settings.folder(output), describe(settings, dataset)
@@ -167,6 +113,8 @@ def open_folder(
 
 def make_optimizer(settings: Settings) -> keras.optimizers.Optimizer:
     """Returns the optimizer of a run; Adam has TensorFlow 1's epsilon."""
+    import keras
+
     rate = settings.learning_rate
     if settings.optimizer == "adam":
         return keras.optimizers.Adam(rate, epsilon=article.ADAM_EPSILON)
@@ -177,6 +125,8 @@ def make_optimizer(settings: Settings) -> keras.optimizers.Optimizer:
 
 def build(settings: Settings) -> keras.Model:
     """Returns the compiled model of a run, at its initial weights."""
+    import keras
+
     model = _network(settings)
     model.compile(
         optimizer=make_optimizer(settings),
@@ -196,6 +146,8 @@ def _network(settings):
 
 def describe(settings: Settings, dataset: data.Dataset) -> dict:
     """Returns the content of run.json: everything that made the run."""
+    import keras
+
     condition = article.condition(settings.condition)
     optimizer = make_optimizer(settings)
     backend = keras.backend.backend()
@@ -263,6 +215,7 @@ def _train(settings, dataset, folder, on_steps):
             until = min(until, settings.steps)
             train, began = Mean(), time.perf_counter()
             while step < until:
+                raise_if_interrupted()
                 inputs, labels = batches[step]
                 logs = model.train_on_batch(inputs, labels, return_dict=True)
                 train.add(logs, len(labels))
@@ -336,57 +289,14 @@ class Mean:
         return {name: x / self.count for name, x in self._sums.items()}
 
 
-def define_shared_flags() -> None:
-    """Defines the flags that `train` and `reproduce` have in common."""
-    default = {x.name: x.default for x in dataclasses.fields(Settings)}
-    flags.DEFINE_integer("steps", None, "Training steps.")
-    flags.DEFINE_integer(
-        "eval_every", None, "Training steps between evaluations."
-    )
-    flags.DEFINE_integer("batch_size", default["batch_size"], "Images a step.")
-    flags.DEFINE_enum(
-        "optimizer", default["optimizer"], OPTIMIZERS, "What updates weights."
-    )
-    flags.DEFINE_float(
-        "learning_rate", default["learning_rate"], "Constant over the run."
-    )
-    flags.DEFINE_enum(
-        "input",
-        default["input"],
-        data.INPUTS,
-        "raw: pixels of 0 to 255; standardized: mean 0, deviation 1 a channel.",
-    )
-    flags.DEFINE_bool("shuffle", False, "Give each epoch an order of its own.")
-    flags.DEFINE_enum(
-        "layer",
-        default["layer"],
-        models.LAYERS,
-        "Whose BatchNormalization to train with.",
-    )
-    flags.DEFINE_enum(
-        "dataset",
-        "auto",
-        data.DATASETS,
-        "auto: CIFAR-10 if it can be had, else the bundled digits.",
-    )
-    flags.DEFINE_string("data_dir", None, "TensorFlow Datasets' folder.")
-    flags.DEFINE_string("output", "results", "Folder of all results.")
-
-
-def given_settings() -> dict:
-    """Returns the flags given that are attributes of `Settings`."""
-    values = flags.FLAGS.flag_values_dict()
-    names = [x.name for x in dataclasses.fields(Settings)]
-    return {x: values[x] for x in names if values.get(x) is not None}
-
-
 def main(argv):
     del argv
-    given = given_settings()
+    given = run_settings.given()
     if "condition" not in given:
         raise ExperimentError("give a condition, --condition=0 to 11")
     settings, output = Settings(**given), flags.FLAGS.output
     check_output(settings, output)
+    require_backend()
     dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     print(f"{dataset.note} -> {settings.folder(output)}")
     last = run(settings, dataset, output)[-1]
@@ -394,7 +304,10 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("condition", None, "The article's number, 0 to 11.")
+    flags.DEFINE_integer(
+        "condition", None, "The article's number, 0 to 11; required."
+    )
     flags.DEFINE_integer("seed", 0, "Of kernels, dropout and shuffling.")
-    define_shared_flags()
+    run_settings.define_flags()
+    flags.adopt_module_key_flags(run_settings)
     launch(main)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -170,8 +171,7 @@ def test_all_layers_compute_batch_normalization():
         ]
         inputs_like = [a for a in arrays if a.size == inputs.size]
         results[layer.name] = [
-            np.moveaxis(a, 1, -1) if a.shape[1] == 3 else a
-            for a in inputs_like
+            np.moveaxis(a, 1, -1) if a.shape[1] == 3 else a for a in inputs_like
         ]
     assert {"keras_bn", "keras"} <= set(results)
     # gamma is 1 and beta 0.
@@ -181,19 +181,23 @@ def test_all_layers_compute_batch_normalization():
     along = normalized * (gradient * normalized).mean(axes)
     expected = factor * (gradient - gradient.mean(axes) - along)
     for name, (outputs, gradients) in results.items():
-        np.testing.assert_allclose(
-            outputs, normalized, atol=2e-5, err_msg=name
-        )
-        np.testing.assert_allclose(
-            gradients, expected, atol=2e-5, err_msg=name
-        )
+        np.testing.assert_allclose(outputs, normalized, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(gradients, expected, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("text", ["128", "3xa", "0x4", "1x2x3x4x5x6", "-1x2"])
+@pytest.mark.parametrize(
+    "text", ["128", "3xa", "0x4", "1x2x3x4x5x6", "-1x2", "1x8", "1x1x1x8"]
+)
 def test_bad_shapes_are_refused(text):
     with pytest.raises(ExperimentError, match="Received: '"):
         benchmark.parse_shape(text)
     assert benchmark.parse_shape("128x32x32x3") == [128, 32, 32, 3]
+
+
+def test_what_is_named_twice_is_measured_once():
+    shapes = benchmark.parse_shapes(["8x5", "4x3", "08x5", "8x5"])
+    assert shapes == [[8, 5], [4, 3]]
+    assert benchmark.parse_backends([BACKEND, BACKEND]) == [BACKEND]
 
 
 def test_errors_are_one_line(tmp_path):
@@ -219,3 +223,24 @@ def test_a_failing_backend_is_one_line(monkeypatch):
     monkeypatch.setattr(benchmark.sys, "executable", "/bin/false")
     with pytest.raises(ExperimentError, match="timing on jax failed"):
         benchmark.measure("jax", {}, print)
+
+
+def test_an_interruption_ends_the_measuring_process(tmp_path, monkeypatch):
+    child = tmp_path / "child"
+    child.write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, time\n"
+        "print(json.dumps({'progress': os.getpid()}), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    child.chmod(0o755)
+    monkeypatch.setattr(benchmark.sys, "executable", str(child))
+
+    def interrupt(words):
+        raise KeyboardInterrupt(words)
+
+    with pytest.raises(KeyboardInterrupt) as interruption:
+        benchmark.measure("jax", {}, interrupt)
+    number = int(str(interruption.value).split()[1])
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,22 @@ def test_auto_falls_back_to_digits_with_one_line(
     for word in ("digits", "not the article's data"):
         assert word in said[0]
     with pytest.raises(ExperimentError):
+        data.load("cifar10", str(tmp_path))
+
+
+def test_auto_falls_back_where_the_folder_is_read_only(
+    tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("tensorflow_datasets")
+
+    def refuse(**arguments):
+        raise PermissionError(13, "Permission denied")
+
+    refusing = types.SimpleNamespace(mkdtemp=refuse)
+    monkeypatch.setattr(download, "tempfile", refusing)
+    assert data.load("auto", str(tmp_path)).name == "digits"
+    assert "(Permission denied). Going on with" in capsys.readouterr().err
+    with pytest.raises(ExperimentError, match="cannot write to the data"):
         data.load("cifar10", str(tmp_path))
 
 

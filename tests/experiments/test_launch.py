@@ -9,27 +9,73 @@ PROGRAM = (
     "import experiments; from absl import logging; "
     "experiments.launch(lambda argv: logging.info('a progress note'))"
 )
+# The signal arrives while Python is called from C, as JAX has it called by
+# the garbage collector: what is raised there goes no further.
+SWALLOWING = """
+import gc, os, signal
+import experiments
+
+def signalled(phase, info):
+    os.kill(os.getpid(), signal.SIGINT)
+
+def main(argv):
+    gc.callbacks.append(signalled)
+    gc.collect()
+    gc.callbacks.remove(signalled)
+    print("going on")
+    experiments.raise_if_interrupted()
+
+experiments.launch(main)
+"""
+TERMINATED = """
+import os, signal
+import experiments
+
+experiments.launch(lambda argv: os.kill(os.getpid(), signal.SIGTERM))
+"""
+
+
+def run_program(program, *flags):
+    return subprocess.run(
+        [sys.executable, "-c", program, *flags], capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize(
     "flags, shown", [([], False), (["--verbosity=0"], True)]
 )
 def test_progress_notes_of_libraries_are_shown_on_demand(flags, shown):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *flags],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_program(PROGRAM, *flags)
+    assert done.returncode == 0
     assert ("a progress note" in done.stderr) == shown
 
 
 def test_a_word_that_is_no_flag_is_one_line():
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "train"], capture_output=True, text=True
-    )
+    done = run_program(PROGRAM, "train")
     assert done.returncode == 1
     assert done.stderr == (
         "error: every setting is a flag. Received: 'train'; "
         "--help lists the flags\n"
     )
+
+
+def test_a_flag_that_does_not_exist_is_one_line():
+    done = run_program(PROGRAM, "--no_such_flag=3")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: Unknown command line flag 'no_such_flag' "
+        "(--help lists the flags)\n"
+    )
+
+
+def test_an_interruption_that_was_swallowed_is_not_lost():
+    done = run_program(SWALLOWING)
+    assert done.returncode == 130
+    assert done.stdout == "going on\n"
+    assert done.stderr == "interrupted: give the same command again\n"
+
+
+def test_a_terminated_program_says_so():
+    done = run_program(TERMINATED)
+    assert done.returncode == 143
+    assert done.stderr == "interrupted: give the same command again\n"

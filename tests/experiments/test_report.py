@@ -186,11 +186,12 @@ def test_unfinished_runs_do_not_blur_finished_ones(tmp_path):
 def test_digits_are_never_compared_with_the_article(tmp_path):
     digits = {"dataset": "digits", "dataset_version": "1.7"}
     for name, facts in (("cifar10", {}), ("digits", digits)):
-        write_run(
-            tmp_path / name, 2, 0, [0.5] * 30, steps=3_000, **facts
-        )
+        write_run(tmp_path / name, 2, 0, [0.5] * 30, steps=3_000, **facts)
     curve = tmp_path / "curves.csv"
-    curve.write_text("condition,step,test_accuracy\n2,1000,0.5\n")
+    curve.write_text(
+        "condition,step,test_accuracy\n"
+        + "".join(f"2,{100 * k},0.5\n" for k in range(10))
+    )
     compared = report.write_report(tmp_path / "cifar10").read_text()
     alone = report.write_report(tmp_path / "digits", curve).read_text()
     assert "the article, same colours" in compared
@@ -309,8 +310,13 @@ def test_other_packages_are_noted(tmp_path):
     ("bad", "reason"),
     [
         ('{"step": 200, "test_acc', "not JSON"),
-        ('{"step": 200}', "test_accuracy is not a number"),
+        ('{"step": 200}', "test_accuracy is missing"),
         ('{"step": 200, "test_accuracy": NaN}', "not a number"),
+        ('{"step": 200, "test_accuracy": 50}', "a number from 0 to 1: 50"),
+        ('{"step": 1e30, "test_accuracy": 0.5}', "one of the steps 1 to 400"),
+        ('{"step": 1.5, "test_accuracy": 0.5}', "one of the steps 1 to 400"),
+        ('{"step": 401, "test_accuracy": 0.5}', "one of the steps 1 to 400"),
+        ('{"step": "2", "test_accuracy": 0.5}', "step is not one of the steps"),
         ('{"step": 50, "test_accuracy": 0.5}', "step 50 after 100"),
         ("[1]", "not a JSON object"),
     ],
@@ -321,6 +327,44 @@ def test_damaged_lines_are_named(tmp_path, bad, reason):
     with pytest.raises(ExperimentError, match=reason) as caught:
         report.write_report(tmp_path)
     assert "metrics.jsonl, line 2: " in str(caught.value)
+
+
+def test_a_line_cut_short_says_how_to_go_on(tmp_path):
+    folder = write_run(tmp_path, 0, 0, [0.5])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 200, "test_acc')
+    with pytest.raises(ExperimentError, match="line 2: cut short") as caught:
+        report.write_report(tmp_path)
+    assert "give the same command again" in str(caught.value)
+
+
+def test_a_finished_run_without_its_last_line_is_refused(tmp_path):
+    folder = write_run(tmp_path, 0, 0, [0.5] * 3)
+    (folder / "final.weights.h5").write_text("")
+    with pytest.raises(ExperimentError, match="ends at step 300, but the run"):
+        report.write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("condition", 12),
+        ("steps", "20"),
+        ("steps", None),
+        ("steps", float("inf")),
+        ("dataset", 5),
+        ("dataset_version", 3),
+        ("continued_by", 5),
+        ("continued_by", [1]),
+        ("continued_by", None),
+    ],
+)
+def test_facts_of_a_wrong_kind_are_named(tmp_path, name, value):
+    path = write_run(tmp_path, 0, 0, [0.5] * 4) / "run.json"
+    facts = json.loads(path.read_text()) | {name: value}
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ExperimentError, match=f"run.json: {name} is not "):
+        report.write_report(tmp_path)
 
 
 def test_a_failed_report_leaves_the_earlier_one(tmp_path, monkeypatch):
@@ -349,6 +393,7 @@ def test_program_reports_and_fails_in_one_line(tmp_path):
     for flags, words in (
         ([f"--results={results}"], "run.json, line 2: not JSON"),
         ([f"--results={tmp_path / 'absent'}"], "does not exist"),
+        ([f"--results={'x' * 300}"], "does not exist"),
         ([f"--results={results / '0'}"], "no results in"),
     ):
         failed = run_program(*flags)
@@ -370,6 +415,13 @@ def test_curves_that_are_none_are_refused(tmp_path):
     for text, words in (
         ("a,b\n1,2\n", "line 2: not a row"),
         ("condition,step,test_accuracy\n0,x,0.5\n", "line 2: not a row"),
+        ("condition,step,test_accuracy\n0,1,nan\n", "line 2: not a row"),
+        ("condition,step,test_accuracy\n0,-1,0.5\n", "line 2: not a row"),
+        (
+            "condition,step,test_accuracy\n0,1,0.5\n",
+            "has 1 of the 10 rows or more",
+        ),
+        ("condition,step\n" + "x" * 200_000, "cannot read"),
         ("", "has no rows"),
     ):
         curve.write_text(text)

@@ -102,11 +102,48 @@ def test_other_settings_are_found_before_training(few, tmp_path, monkeypatch):
         reproduce.run(runs, few, tmp_path)
 
 
-def test_published_beside_the_same_step():
-    assert reproduce.published(11, 2_000) == "0.622"
-    assert reproduce.published(11, article.STEPS) == "0.761"
-    assert reproduce.published(2, 600) == "0.510 at 2,000 steps"
-    assert reproduce.published(2, 100_000) == "0.581 at 156,000 steps"
+def test_results_that_share_no_report_are_found_before_training(
+    few, tmp_path, monkeypatch
+):
+    sgd = {"steps": 1, "batch_size": 4, "optimizer": "sgd"}
+    reproduce.run(reproduce.grid((0,), 1, **sgd), few, tmp_path)
+    monkeypatch.setattr(train, "_train", None)
+    adam = reproduce.grid((2, 9), 1, steps=1, batch_size=4)
+    said = "differ in optimizer: adam in 2/0, sgd in 0/0"
+    with pytest.raises(ExperimentError, match=said):
+        reproduce.run(adam, few, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "steps", "published"),
+    [
+        (11, 2_000, "0.622"),
+        (11, article.STEPS, "0.754"),
+        (2, 600, "0.510 at 2,000 steps"),
+        # Between the steps of the article's table, as in the report.
+        (2, 3_500, "0.535"),
+    ],
+)
+def test_published_beside_the_same_step(number, steps, published):
+    text = reproduce.table({number: [0.5]}, steps, _CIFAR10)
+    assert text.splitlines()[1].split(maxsplit=4)[4] == published
+
+
+def test_help_says_every_default():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.reproduce", "--help"],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+    )
+    said = " ".join(done.stdout.split())
+    for default in (
+        "Training steps (default: 600",
+        "between evaluations (default: 100",
+        "quick: conditions 2 and 11, 600 steps, evaluated every 100",
+        "as 2,11 (default: the preset's)",
+    ):
+        assert default in said
 
 
 def test_table_on_cifar10():

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 
+import experiments
 from experiments import ExperimentError
 from experiments import article
 from experiments import data
@@ -185,8 +186,9 @@ def test_a_resumed_run_is_the_undisturbed_run(undisturbed, few, tmp_path):
     assert not (folder / "final.weights.h5").exists()
     # What a killed program could have left after its checkpoint.
     for name in ("metrics.jsonl", "timing.jsonl"):
+        line = _read(folder / name)[-1] | {"step": 4}
         with open(folder / name, "a") as file:
-            file.write('{"step": 4, "train_loss": 9}\n{"step": 5, "tr')
+            file.write(json.dumps(line) + '\n{"step": 5, "tr')
     train.run(_settings(), few, tmp_path)
     for name in ("metrics.jsonl", "run.json"):
         expected = (undisturbed / name).read_bytes()
@@ -211,6 +213,24 @@ def test_a_finished_run_is_not_trained_again(undisturbed, few, monkeypatch):
     metrics = train.run(_settings(), few, undisturbed.parents[1], done.append)
     assert metrics == _read(undisturbed / "metrics.jsonl")
     assert done == [5]
+
+
+def test_a_finished_run_is_shown_from_a_read_only_folder(
+    undisturbed, monkeypatch
+):
+    def refuse(path):
+        raise ExperimentError(f"cannot write {path}")
+
+    monkeypatch.setattr(train.atomic, "check_writable", refuse)
+    train.check_output(_settings(), undisturbed.parents[1])
+    with pytest.raises(ExperimentError, match="cannot write"):
+        train.check_output(_settings(seed=1), undisturbed.parents[1])
+
+
+def test_an_interruption_that_a_library_swallowed(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "_interruptions", [signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 0"):
+        train.run(_settings(), few, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -295,10 +315,11 @@ def test_mean_is_over_images_not_batches():
     assert mean.values() == {"loss": 2.0}
 
 
-def _start(program, *flags):
+def _start(program, *flags, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{program}", *flags],
         cwd=_ROOT,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -317,9 +338,14 @@ def failures(tmp_path_factory):
         "missing data": ["--condition=0", f"--data_dir={folder}/missing"],
     }
     # All at once: most of their time is spent in importing.
+    output = f"--output={folder}/output"
     return {
-        name: _start("train", f"--output={folder}/output", *given)
-        for name, given in flags.items()
+        name: _start("train", output, *given) for name, given in flags.items()
+    } | {
+        name: _start(
+            "train", output, *digits, "--layer=keras", KERAS_BACKEND=name
+        )
+        for name in ("numpy", "foo")
     }, folder
 
 
@@ -329,6 +355,8 @@ def failures(tmp_path_factory):
         ("no such condition", "Received: condition=12"),
         ("unwritable", "cannot write"),
         ("missing data", "data folder does not exist"),
+        ("numpy", "KERAS_BACKEND to one of tensorflow, jax, torch"),
+        ("foo", "KERAS_BACKEND to one of tensorflow, jax, torch"),
     ],
 )
 def test_errors_of_the_program(failures, name, said):
