@@ -6,15 +6,11 @@ import numbers
 import numpy as np
 
 
-def refuse_reserved(
-    momentum, axis_name, virtual_batch_size, unbiased_variance, debias
-):
+def refuse_reserved(axis_name, virtual_batch_size):
     """Raises ValueError for what a later version will do."""
     reserved = {
         "axis_name": axis_name,
         "virtual_batch_size": virtual_batch_size,
-        "unbiased_variance": unbiased_variance or None,
-        "debias": debias or None,
     }
     for name, value in reserved.items():
         if value is not None:
@@ -22,12 +18,18 @@ def refuse_reserved(
                 f"`{name}` is not available in this version of keras_bn. "
                 f"Received: {name}={value!r}. Leave it out."
             )
-    if momentum is None:
+
+
+def checked_momentum(momentum, debias):
+    """`momentum` as a float in [0, 1] or None, else ValueError."""
+    if momentum is not None:
+        return fraction("momentum", momentum)
+    if debias:
         raise ValueError(
-            "`momentum=None` (cumulative average) is not available in this "
-            "version of keras_bn. Received: momentum=None. Give a float in "
-            "[0, 1]."
+            "A cumulative average has no bias to be rid of. Received: "
+            "momentum=None, debias=True. Leave one of them out."
         )
+    return None
 
 
 def integer_axis(axis):

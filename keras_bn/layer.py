@@ -8,13 +8,18 @@ from keras import ops
 from keras_bn import kernels
 from keras_bn.argument_checks import axis_within
 from keras_bn.argument_checks import checked_clipping
+from keras_bn.argument_checks import checked_momentum
 from keras_bn.argument_checks import fraction
 from keras_bn.argument_checks import integer_axis
 from keras_bn.argument_checks import not_negative
 from keras_bn.argument_checks import refuse_reserved
 from keras_bn.masks import full_rank_mask
 from keras_bn.moving_statistics import ExponentialMovingAverage
+from keras_bn.moving_statistics import as_vector
 from keras_bn.moving_statistics import assign_where_counted
+from keras_bn.moving_statistics import count_batch
+from keras_bn.moving_statistics import moving_average
+from keras_bn.moving_statistics import unbiased
 
 _BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
 
@@ -45,7 +50,8 @@ class BatchNormalization(keras.layers.Layer):
         axis: Int, the channel axis: `-1` (default) with channels last, `1`
             with channels first. Any axis of the inputs, but not the only one.
         momentum: Float in `[0, 1]`, the weight of the past in the moving
-            statistics.
+            statistics. None: they are the mean of all batches seen, as in
+            PyTorch.
         epsilon: Float, not negative, added to the variance.
         center: Whether `beta` is added.
         scale: Whether the result is multiplied by `gamma`.
@@ -69,8 +75,12 @@ class BatchNormalization(keras.layers.Layer):
             strategy it changes nothing.
         axis_name: Reserved; only None for now.
         virtual_batch_size: Reserved; only None for now.
-        unbiased_variance: Reserved; only False for now.
-        debias: Reserved; only False for now.
+        unbiased_variance: Whether the moving variance takes in the variance
+            divided by N - 1, as PyTorch and TensorFlow 1's fused layer do.
+            The batch is normalized with the one divided by N regardless.
+        debias: Whether the initial moving statistics count for nothing, as
+            in Adam (Kingma & Ba, 2015, arXiv 1412.6980). Not with
+            `momentum=None`, nor for the statistics that renorm corrects by.
         **kwargs: Those of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -118,11 +128,11 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        refuse_reserved(
-            momentum, axis_name, virtual_batch_size, unbiased_variance, debias
-        )
+        refuse_reserved(axis_name, virtual_batch_size)
         self.axis = integer_axis(axis)
-        self.momentum = fraction("momentum", momentum)
+        self.momentum = checked_momentum(momentum, debias)
+        self.debias = debias
+        self.unbiased_variance = unbiased_variance
         self.epsilon = not_negative("epsilon", epsilon)
         self.center = center
         self.scale = scale
@@ -193,6 +203,16 @@ class BatchNormalization(keras.layers.Layer):
         self.moving_variance = self._add_statistic(
             "moving_variance", channels, variance_initializer
         )
+        if self._average.counts_batches:
+            # Of each channel: a mask may leave one out.
+            self.num_batches_tracked = self.add_weight(
+                shape=(channels,),
+                name="num_batches_tracked",
+                dtype="int32",
+                initializer="zeros",
+                trainable=False,
+                autocast=False,
+            )
         if self.renorm:
             # The paper averages the standard deviation; the moving variance
             # is derived from it. The other two are what the correction uses.
@@ -212,6 +232,10 @@ class BatchNormalization(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(
             ndim=len(input_shape), axes={axis: channels}
         )
+
+    @property
+    def _average(self):
+        return moving_average(self.momentum, self.debias)
 
     def _add_statistic(self, name, channels, initializer):
         # float16 statistics overflow, so the dtype policy has a lower bound.
@@ -273,10 +297,24 @@ class BatchNormalization(keras.layers.Layer):
             inputs, gamma, beta, epsilon=self.epsilon, moments=moments, **batch
         )
         if not self.renorm:
-            average = ExponentialMovingAverage(self.momentum)
-            average.update(self.moving_mean, mean, count)
-            average.update(self.moving_variance, variance, count)
+            if self.unbiased_variance:
+                variance = unbiased(variance, count)
+            self._take_in(
+                count,
+                (self.moving_mean, mean),
+                (self.moving_variance, variance),
+            )
         return ops.cast(outputs, self.compute_dtype)
+
+    def _take_in(self, count, *moments):
+        """Updates pairs of a moving statistic and the batch's moment."""
+        average = self._average
+        batches = None
+        if average.counts_batches:
+            batches = self.num_batches_tracked
+            count_batch(batches, count)
+        for variable, value in moments:
+            average.update(variable, value, count, batches)
 
     def _renormalized(self, gamma, beta, mean, variance, count):
         """The scale and offset that stand for gamma and beta under renorm.
@@ -305,10 +343,13 @@ class BatchNormalization(keras.layers.Layer):
         average = ExponentialMovingAverage(self.renorm_momentum)
         average.update(self.renorm_mean, mean, count)
         average.update(self.renorm_stddev, stddev, count)
-        average = ExponentialMovingAverage(self.momentum)
-        average.update(self.moving_mean, mean, count)
-        average.update(self.moving_stddev, stddev, count)
-        moving_stddev = ops.cast(self.moving_stddev, mean.dtype)
+        if self.unbiased_variance:
+            variance = unbiased(variance, count)
+            stddev = ops.sqrt(variance + self.epsilon)
+        self._take_in(
+            count, (self.moving_mean, mean), (self.moving_stddev, stddev)
+        )
+        moving_stddev = as_vector(self.moving_stddev, mean.dtype)
         assign_where_counted(
             self.moving_variance,
             ops.relu(ops.square(moving_stddev) - self.epsilon),
@@ -331,6 +372,10 @@ class BatchNormalization(keras.layers.Layer):
             renorm_momentum=self.renorm_momentum,
             synchronized=self.synchronized,
         )
+        # Keras's layer is built from a config that has none of these.
+        for name in ("unbiased_variance", "debias"):
+            if getattr(self, name):
+                config[name] = True
         for weight in ("beta", "gamma", "moving_mean", "moving_variance"):
             name = f"{weight}_initializer"
             config[name] = keras.initializers.serialize(getattr(self, name))

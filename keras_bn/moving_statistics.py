@@ -1,40 +1,136 @@
-"""How the moments of a batch become moving statistics."""
+"""How the moments of a batch become moving statistics.
+
+Each kind of average says what the past and the new value weigh. A batch in
+which no position counted (an empty one, or one that is masked everywhere) has
+no moments to give and leaves the average as it is.
+
+Moments are vectors of shape `(channels,)`. A variable may have another shape
+of as many elements.
+"""
+
+import math
 
 from keras import ops
 
 
-class ExponentialMovingAverage:
-    """`moving * momentum + value * (1 - momentum)`, as in Keras.
+class _MovingAverage:
+    def update(self, variable, value, count, batches=None):
+        """Takes one batch into the average that `variable` holds.
 
-    A batch in which no position counted (an empty one, or one that is masked
-    everywhere) has no moments to give and leaves the average as it is.
+        Args:
+            variable: `keras.Variable`, one value for each channel.
+            value: Tensor of shape `(channels,)`, the batch's moment.
+            count: How many positions the moment was taken over: a number, or
+                a tensor of shape `()` or `(channels,)`.
+            batches: Integer `keras.Variable`, how many batches each channel
+                has seen, this one among them; for averages that count them.
+        """
+        if self.counts_batches:
+            # 0 where no batch counted yet, nor does this one.
+            batches = ops.maximum(as_vector(batches, value.dtype), 1.0)
+        past, new = self.weights(batches)
+        moving = as_vector(variable, value.dtype) * past + value * new
+        assign_where_counted(variable, moving, count)
+
+
+class ExponentialMovingAverage(_MovingAverage):
+    """`moving * momentum + value * (1 - momentum)`, as in Keras.
 
     Args:
         momentum: Float in `[0, 1]`, the weight of the past.
     """
 
+    counts_batches = False
+
     def __init__(self, momentum):
         self.momentum = momentum
 
-    def update(self, variable, value, count):
-        """Takes one batch into the average that `variable` holds.
+    def weights(self, batches):
+        """The weights of the past and of the new value; they add up to 1."""
+        return self.momentum, 1.0 - self.momentum
 
-        Args:
-            variable: `keras.Variable` of shape `(channels,)`.
-            value: Tensor of shape `(channels,)`, the batch's moment.
-            count: How many positions the moment was taken over: a number, or
-                a tensor of shape `()` or `(channels,)`.
-        """
-        past = ops.cast(variable, value.dtype)
-        average = past * self.momentum + value * (1.0 - self.momentum)
-        assign_where_counted(variable, average, count)
+
+class DebiasedMovingAverage(_MovingAverage):
+    """An exponential moving average without its initial value.
+
+    The initial value would weigh `momentum ** t` after `t` batches. It is left
+    out, and the weights of the batches are scaled up to add up to 1
+    (zero-debiasing: Kingma & Ba, 2015, arXiv 1412.6980, section 3).
+
+    Args:
+        momentum: Float in `[0, 1]`; 1 gives all batches the same weight, the
+            limit of momentums below it.
+    """
+
+    counts_batches = True
+
+    def __init__(self, momentum):
+        self.momentum = momentum
+
+    def weights(self, batches):
+        """As above, after `batches` batches with the new one, a tensor."""
+        if self.momentum == 1.0:
+            return CumulativeAverage().weights(batches)
+        if self.momentum == 0.0:
+            return 0.0, 1.0
+        # expm1 keeps the digits where the momentum is close to 1, and the
+        # same operation above and below makes the first weight 1 exactly.
+        log_momentum = math.log(self.momentum)
+        new = ops.expm1(ops.full_like(batches, log_momentum)) / ops.expm1(
+            batches * log_momentum
+        )
+        return 1.0 - new, new
+
+
+class CumulativeAverage(_MovingAverage):
+    """The mean of all batches so far, as PyTorch's `momentum=None`."""
+
+    counts_batches = True
+
+    def weights(self, batches):
+        """As above, after `batches` batches with the new one, a tensor."""
+        new = 1.0 / batches
+        return 1.0 - new, new
+
+
+def moving_average(momentum, debias):
+    """The average that the layer's arguments of these names ask for."""
+    if momentum is None:
+        return CumulativeAverage()
+    if debias:
+        return DebiasedMovingAverage(momentum)
+    return ExponentialMovingAverage(momentum)
+
+
+def count_batch(batches, count):
+    """Adds 1 to the integer variable `batches` in the channels counted."""
+    seen = ops.reshape(batches.value, (-1,))
+    assign_where_counted(batches, seen + ops.ones_like(seen), count)
+
+
+def unbiased(variance, count):
+    """From the variance divided by N to the one divided by N - 1.
+
+    A variance over one position stays 0, as in TensorFlow 1's fused layer.
+    """
+    if isinstance(count, int):
+        return variance * (count / max(count - 1, 1))
+    return variance * (count / ops.maximum(count - 1.0, 1.0))
+
+
+def as_vector(variable, dtype):
+    """The values of `variable` in `dtype`, of shape `(channels,)`."""
+    values = ops.cast(variable, dtype)
+    return values if len(values.shape) == 1 else ops.reshape(values, (-1,))
 
 
 def assign_where_counted(variable, value, count):
     """Assigns `value` to `variable` in the channels where `count > 0`."""
     if not isinstance(count, int):
-        past = ops.cast(variable, value.dtype)
+        past = as_vector(variable, value.dtype)
         value = ops.where(count > 0, value, past)
     elif count == 0:
         return
+    if len(variable.shape) != 1:
+        value = ops.reshape(value, variable.shape)
     variable.assign(value)

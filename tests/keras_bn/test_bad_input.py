@@ -24,15 +24,12 @@ OURS = keras_bn.BatchNormalization
         ({"momentum": 1.5}, "momentum=1.5"),
         ({"momentum": -0.1}, "momentum=-0.1"),
         ({"momentum": float("nan")}, "momentum=nan"),
-        ({"momentum": None}, "momentum=None"),
         ({"epsilon": -1e-3}, "epsilon=-0.001"),
         ({"epsilon": float("inf")}, "epsilon=inf"),
         ({"epsilon": float("nan")}, "epsilon=nan"),
         ({"renorm_momentum": 2}, "renorm_momentum=2"),
         ({"axis_name": "batch"}, "axis_name='batch'"),
         ({"virtual_batch_size": 8}, "virtual_batch_size=8"),
-        ({"unbiased_variance": True}, "unbiased_variance=True"),
-        ({"debias": True}, "debias=True"),
         (
             {"renorm": True, "renorm_clipping": {"max": 1}},
             "{'max': 1}",
@@ -53,8 +50,15 @@ def test_arguments(kwargs, received):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", ["momentum", "epsilon", "renorm_momentum"])
-@pytest.mark.parametrize("value", ["much", None, [0.5]])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        (name, value)
+        for name in ("momentum", "epsilon", "renorm_momentum")
+        for value in ("much", None, [0.5])
+        if (name, value) != ("momentum", None)
+    ],
+)
 def test_numbers_that_are_not(name, value):
     """Whatever the kind of error, it names the argument."""
     with pytest.raises((TypeError, ValueError), match=name):

@@ -9,6 +9,7 @@ if keras.backend.backend() != "torch":
 import numpy as np
 import torch
 
+import keras_bn
 from keras_bn.kernels import reference
 from keras_bn.kernels import torch as kernels
 
@@ -338,3 +339,22 @@ class TestTransforms:
         ).module()
         for some in (inputs, inputs[:3]):
             torch.testing.assert_close(exported(some), outputs(some))
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_moving_statistics_as_in_pytorch(momentum):
+    theirs = torch.nn.BatchNorm2d(3, momentum=momentum)
+    ours = keras_bn.BatchNormalization(
+        axis=1,
+        momentum=None if momentum is None else 1 - momentum,
+        unbiased_variance=True,
+        epsilon=theirs.eps,
+    )
+    for size in (8, 2, 5):
+        batch = 3.0 * _inputs(1.0, (size, 3, 4, 5)).detach()
+        torch.testing.assert_close(ours(batch, training=True), theirs(batch))
+    for variable, buffer in (
+        (ours.moving_mean, theirs.running_mean),
+        (ours.moving_variance, theirs.running_var),
+    ):
+        torch.testing.assert_close(variable.value, buffer)
