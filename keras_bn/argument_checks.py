@@ -32,36 +32,57 @@ def checked_momentum(momentum, debias):
     return None
 
 
-def integer_axis(axis):
-    """`axis` as an int; 1.7, True and several axes raise ValueError."""
-    if isinstance(axis, (tuple, list)):
+def checked_axis(axis):
+    """`axis` as an int or a list of ints; 1.7 and True raise ValueError."""
+    if not isinstance(axis, (tuple, list)):
+        return _integer(axis, axis)
+    if not axis:
         raise ValueError(
-            "Several channel axes are not available in this version of "
-            f"keras_bn. Received: axis={axis!r}. Give one int."
+            f"`axis` must name at least one axis. Received: axis={axis!r}."
         )
-    if isinstance(axis, np.ndarray) and axis.ndim == 0:
-        axis = axis.item()
-    whole = isinstance(axis, numbers.Real) and not isinstance(axis, bool)
-    if not whole or not float(axis).is_integer():
-        raise ValueError(f"`axis` must be an integer. Received: axis={axis!r}.")
-    return int(axis)
+    axes = [_integer(one, axis) for one in axis]
+    return axes if len(axes) > 1 else axes[0]
 
 
-def axis_within(axis, input_shape):
-    """`axis` counted from the front, checked against `input_shape`."""
+def _integer(value, axis):
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    whole = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not whole or not float(value).is_integer():
+        raise ValueError(
+            f"`axis` must be an integer or several. Received: axis={axis!r}."
+        )
+    return int(value)
+
+
+def axes_within(axis, input_shape):
+    """The axes counted from the front, sorted, checked against the shape."""
     rank = len(input_shape)
+    axes = axis if isinstance(axis, list) else [axis]
     if rank < 2:
         raise ValueError(
             "BatchNormalization needs inputs of rank 2 or more: samples and "
             f"channels. Received: input_shape={tuple(input_shape)}."
         )
-    if not -rank <= axis < rank:
+    for one in axes:
+        if not -rank <= one < rank:
+            raise ValueError(
+                f"Axis {one} is out of bounds for input shape "
+                f"{tuple(input_shape)}. Received: axis={axis}. Give an axis "
+                f"in [{-rank}, {rank - 1}]."
+            )
+    within = tuple(sorted({one % rank for one in axes}))
+    if len(within) < len(axes):
         raise ValueError(
-            f"Axis {axis} is out of bounds for input shape "
-            f"{tuple(input_shape)}. Received: axis={axis}. Give an axis in "
-            f"[{-rank}, {rank - 1}]."
+            "`axis` names the same axis twice. Received: "
+            f"axis={axis} for input_shape={tuple(input_shape)}."
         )
-    return axis % rank
+    if len(within) == rank:
+        raise ValueError(
+            "`axis` must leave an axis to take the moments over. Received: "
+            f"axis={axis} for input_shape={tuple(input_shape)}."
+        )
+    return within
 
 
 def fraction(name, value):
@@ -83,28 +104,6 @@ def not_negative(name, value):
             f"Received: {name}={value!r}."
         )
     return number
-
-
-def checked_clipping(clipping):
-    """`clipping` itself; unknown or contradicting bounds raise ValueError."""
-    keys = ["rmax", "rmin", "dmax"]
-    if set(clipping) - set(keys):
-        raise ValueError(
-            "Received invalid keys for `renorm_clipping` argument: "
-            f"{clipping}. Supported values: {keys}."
-        )
-    rmax, rmin, dmax = map(clipping.get, keys)
-    if rmax is not None and rmin is not None and rmax < rmin:
-        raise ValueError(
-            "rmax should be greater than rmin in the `renorm_clipping` "
-            f"argument. Received: rmax={rmax}, rmin={rmin}."
-        )
-    if dmax is not None and dmax < 0:
-        raise ValueError(
-            "dmax should be non-negative in the `renorm_clipping` argument. "
-            f"Received: dmax={dmax}."
-        )
-    return clipping
 
 
 def _number(name, value):

@@ -1,18 +1,20 @@
 """The batch-normalization layer: arguments, weights, call and config."""
 
-import math
-
 import keras
 from keras import ops
 
 from keras_bn import kernels
-from keras_bn.argument_checks import axis_within
-from keras_bn.argument_checks import checked_clipping
+from keras_bn.argument_checks import axes_within
+from keras_bn.argument_checks import checked_axis
 from keras_bn.argument_checks import checked_momentum
 from keras_bn.argument_checks import fraction
-from keras_bn.argument_checks import integer_axis
 from keras_bn.argument_checks import not_negative
 from keras_bn.argument_checks import refuse_reserved
+from keras_bn.channel_axes import merge_channel_axes
+from keras_bn.channel_axes import merge_mask_axes
+from keras_bn.channel_axes import split_channel_axes
+from keras_bn.dtypes import as_floats
+from keras_bn.dtypes import moments_dtype
 from keras_bn.masks import full_rank_mask
 from keras_bn.moving_statistics import ExponentialMovingAverage
 from keras_bn.moving_statistics import as_vector
@@ -20,8 +22,8 @@ from keras_bn.moving_statistics import assign_where_counted
 from keras_bn.moving_statistics import count_batch
 from keras_bn.moving_statistics import moving_average
 from keras_bn.moving_statistics import unbiased
-
-_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
+from keras_bn.renormalization import checked_clipping
+from keras_bn.renormalization import renormalized
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
@@ -49,6 +51,9 @@ class BatchNormalization(keras.layers.Layer):
     Args:
         axis: Int, the channel axis: `-1` (default) with channels last, `1`
             with channels first. Any axis of the inputs, but not the only one.
+            A list or tuple: every index of these axes together has statistics
+            of its own, and the weights have the rank of the inputs, size 1
+            along the other axes, as in tf.keras 2.
         momentum: Float in `[0, 1]`, the weight of the past in the moving
             statistics. None: they are the mean of all batches seen, as in
             PyTorch.
@@ -129,7 +134,7 @@ class BatchNormalization(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         refuse_reserved(axis_name, virtual_batch_size)
-        self.axis = integer_axis(axis)
+        self.axis = checked_axis(axis)
         self.momentum = checked_momentum(momentum, debias)
         self.debias = debias
         self.unbiased_variance = unbiased_variance
@@ -168,18 +173,22 @@ class BatchNormalization(keras.layers.Layer):
         self.moving_variance = None
 
     def build(self, input_shape):
-        axis = axis_within(self.axis, input_shape)
-        channels = input_shape[axis]
-        if channels is None:
+        axes = axes_within(self.axis, input_shape)
+        sizes = {axis: input_shape[axis] for axis in axes}
+        if None in sizes.values():
             raise ValueError(
                 f"The size of axis {self.axis}, the channel axis, must be "
                 "known to build BatchNormalization. Received: "
                 f"input_shape={tuple(input_shape)}. Give the Input that size, "
                 "or name another axis."
             )
+        if len(axes) == 1:
+            shape = tuple(sizes.values())
+        else:
+            shape = tuple(sizes.get(i, 1) for i in range(len(input_shape)))
         if self.scale:
             self.gamma = self.add_weight(
-                shape=(channels,),
+                shape=shape,
                 name="gamma",
                 initializer=self.gamma_initializer,
                 regularizer=self.gamma_regularizer,
@@ -188,7 +197,7 @@ class BatchNormalization(keras.layers.Layer):
             )
         if self.center:
             self.beta = self.add_weight(
-                shape=(channels,),
+                shape=shape,
                 name="beta",
                 initializer=self.beta_initializer,
                 regularizer=self.beta_regularizer,
@@ -198,15 +207,15 @@ class BatchNormalization(keras.layers.Layer):
         mean_initializer = self.moving_mean_initializer
         variance_initializer = self.moving_variance_initializer
         self.moving_mean = self._add_statistic(
-            "moving_mean", channels, mean_initializer
+            "moving_mean", shape, mean_initializer
         )
         self.moving_variance = self._add_statistic(
-            "moving_variance", channels, variance_initializer
+            "moving_variance", shape, variance_initializer
         )
         if self._average.counts_batches:
             # Of each channel: a mask may leave one out.
             self.num_batches_tracked = self.add_weight(
-                shape=(channels,),
+                shape=shape,
                 name="num_batches_tracked",
                 dtype="int32",
                 initializer="zeros",
@@ -214,69 +223,69 @@ class BatchNormalization(keras.layers.Layer):
                 autocast=False,
             )
         if self.renorm:
-            # The paper averages the standard deviation; the moving variance
-            # is derived from it. The other two are what the correction uses.
+
             def stddev_initializer(shape, dtype=None):
                 variance = _clone(variance_initializer)(shape, dtype=dtype)
                 return ops.sqrt(variance)
 
             self.moving_stddev = self._add_statistic(
-                "moving_stddev", channels, stddev_initializer
+                "moving_stddev", shape, stddev_initializer
             )
             self.renorm_mean = self._add_statistic(
-                "renorm_mean", channels, _clone(mean_initializer)
+                "renorm_mean", shape, _clone(mean_initializer)
             )
             self.renorm_stddev = self._add_statistic(
-                "renorm_stddev", channels, stddev_initializer
+                "renorm_stddev", shape, stddev_initializer
             )
         self.input_spec = keras.layers.InputSpec(
-            ndim=len(input_shape), axes={axis: channels}
+            ndim=len(input_shape), axes=sizes
         )
 
     @property
     def _average(self):
         return moving_average(self.momentum, self.debias)
 
-    def _add_statistic(self, name, channels, initializer):
+    def _add_statistic(self, name, shape, initializer):
         # float16 statistics overflow, so the dtype policy has a lower bound.
         return self.add_weight(
-            shape=(channels,),
+            shape=shape,
             name=name,
-            dtype=_moments_dtype(self.variable_dtype),
+            dtype=moments_dtype(self.variable_dtype),
             initializer=initializer,
             trainable=False,
             autocast=False,
         )
 
     def compute_output_shape(self, input_shape):
-        axis_within(self.axis, input_shape)
+        axes_within(self.axis, input_shape)
         return input_shape
 
     def call(self, inputs, training=None, mask=None):
         inputs = ops.convert_to_tensor(inputs)
-        axis = self.axis % len(inputs.shape)
-        if inputs.shape[axis] is None:
-            shape = list(ops.shape(inputs))
-            shape[axis] = self.moving_mean.shape[0]
-            inputs = ops.reshape(inputs, shape)
+        sizes = self.input_spec.axes
+        axes = tuple(sizes)
+        if any(inputs.shape[axis] is None for axis in axes):
+            # The graph does not know what the layer was built for.
+            shape = enumerate(ops.shape(inputs))
+            inputs = ops.reshape(inputs, [sizes.get(i, n) for i, n in shape])
         if mask is not None:
-            mask = full_rank_mask(mask, inputs.shape, axis)
-        bits = _BITS.get(keras.backend.standardize_dtype(inputs.dtype), 0)
-        if bits == 0:
-            # Integers above 2**8 would be rounded by a short compute dtype.
-            inputs = ops.cast(inputs, _moments_dtype(self.compute_dtype))
-        elif bits < _BITS[self.compute_dtype]:
-            # As autocast does, which `stateless_call` goes around.
-            inputs = ops.cast(inputs, self.compute_dtype)
-        dtype = _moments_dtype(inputs.dtype)
-        gamma = ops.cast(self.gamma, dtype) if self.scale else None
-        beta = ops.cast(self.beta, dtype) if self.center else None
+            mask = full_rank_mask(mask, inputs.shape, axes)
+            mask = merge_mask_axes(mask, inputs, axes)
+        merged, axis = merge_channel_axes(inputs, axes)
+        outputs = self._normalize(merged, axis, mask, training)
+        return split_channel_axes(outputs, inputs, axes)
+
+    def _normalize(self, inputs, axis, mask, training):
+        inputs = as_floats(inputs, self.compute_dtype)
+        dtype = moments_dtype(inputs.dtype)
+        gamma = as_vector(self.gamma, dtype) if self.scale else None
+        beta = as_vector(self.beta, dtype) if self.center else None
 
         if not (training and self.trainable):
             outputs = kernels.normalize_with(
                 inputs,
-                ops.cast(self.moving_mean, dtype),
-                ops.cast(self.moving_variance, dtype),
+                as_vector(self.moving_mean, dtype),
+                as_vector(self.moving_variance, dtype),
                 gamma,
                 beta,
                 axis=axis,
@@ -292,7 +301,7 @@ class BatchNormalization(keras.layers.Layer):
         moments = None
         if self.renorm:
             moments = kernels.batch_moments(inputs, **batch)
-            gamma, beta = self._renormalized(gamma, beta, *moments)
+            gamma, beta = self._renormalize(gamma, beta, *moments)
         outputs, mean, variance, count = kernels.normalize_batch(
             inputs, gamma, beta, epsilon=self.epsilon, moments=moments, **batch
         )
@@ -316,30 +325,24 @@ class BatchNormalization(keras.layers.Layer):
         for variable, value in moments:
             average.update(variable, value, count, batches)
 
-    def _renormalized(self, gamma, beta, mean, variance, count):
-        """The scale and offset that stand for gamma and beta under renorm.
+    def _renormalize(self, gamma, beta, mean, variance, count):
+        """Takes the moments in; the scale and offset to normalize with.
 
-        `(x * r + d) * gamma + beta` is `x * (r * gamma) + (d * gamma + beta)`;
-        `r` and `d` count as constants (section 3 of the paper). They are taken
-        against the statistics before this batch enters them.
+        The correction is taken against the statistics before this batch.
         """
         stddev = ops.sqrt(variance + self.epsilon)
-        reference = ops.maximum(
-            ops.cast(self.renorm_stddev, mean.dtype), math.sqrt(self.epsilon)
+        scale_and_offset = renormalized(
+            gamma,
+            beta,
+            mean,
+            stddev,
+            [
+                as_vector(v, mean.dtype)
+                for v in (self.renorm_mean, self.renorm_stddev)
+            ],
+            self.epsilon,
+            self.renorm_clipping,
         )
-        r = stddev / reference
-        d = (mean - ops.cast(self.renorm_mean, mean.dtype)) / reference
-        rmin, rmax, dmax = map(
-            self.renorm_clipping.get, ("rmin", "rmax", "dmax")
-        )
-        if rmin is not None:
-            r = ops.maximum(r, rmin)
-        if rmax is not None:
-            r = ops.minimum(r, rmax)
-        if dmax is not None:
-            d = ops.clip(d, -dmax, dmax)
-        r, d = ops.stop_gradient(r), ops.stop_gradient(d)
-
         average = ExponentialMovingAverage(self.renorm_momentum)
         average.update(self.renorm_mean, mean, count)
         average.update(self.renorm_stddev, stddev, count)
@@ -349,15 +352,15 @@ class BatchNormalization(keras.layers.Layer):
         self._take_in(
             count, (self.moving_mean, mean), (self.moving_stddev, stddev)
         )
+        # The paper averages the standard deviation; the moving variance is
+        # derived from it.
         moving_stddev = as_vector(self.moving_stddev, mean.dtype)
         assign_where_counted(
             self.moving_variance,
             ops.relu(ops.square(moving_stddev) - self.epsilon),
             count,
         )
-        scale = r if gamma is None else r * gamma
-        offset = d if gamma is None else d * gamma
-        return scale, offset if beta is None else offset + beta
+        return scale_and_offset
 
     def get_config(self):
         config = super().get_config()
@@ -385,12 +388,6 @@ class BatchNormalization(keras.layers.Layer):
             name = f"{weight}_constraint"
             config[name] = keras.constraints.serialize(getattr(self, name))
         return config
-
-
-def _moments_dtype(dtype):
-    # `keras.backend.result_type` narrows float64 on JAX and PyTorch.
-    double = keras.backend.standardize_dtype(dtype) == "float64"
-    return "float64" if double else "float32"
 
 
 def _clone(initializer):

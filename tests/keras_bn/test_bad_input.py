@@ -18,8 +18,9 @@ OURS = keras_bn.BatchNormalization
         ({"axis": "last"}, "axis='last'"),
         ({"axis": None}, "axis=None"),
         ({"axis": True}, "axis=True"),
-        ({"axis": (1, 2)}, "axis=(1, 2)"),
-        ({"axis": [1]}, "axis=[1]"),
+        ({"axis": ()}, "axis=()"),
+        ({"axis": (1, 1.5)}, "axis=(1, 1.5)"),
+        ({"axis": [1, None]}, "axis=[1, None]"),
         ({"axis": float("nan")}, "axis=nan"),
         ({"momentum": 1.5}, "momentum=1.5"),
         ({"momentum": -0.1}, "momentum=-0.1"),
@@ -116,6 +117,26 @@ def test_an_axis_the_inputs_do_not_have(axis):
     for layer in (keras.layers.BatchNormalization, OURS):
         with pytest.raises(ValueError, match="out of bounds"):
             layer(axis=axis).compute_output_shape((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "axis, message",
+    [
+        ((1, -2), "same axis twice"),
+        ((0, 1, 2), "must leave an axis"),
+        ((1, 3), "Axis 3 is out of bounds"),
+    ],
+)
+def test_several_axes_that_mean_nothing(axis, message):
+    with pytest.raises(ValueError, match=message) as error:
+        OURS(axis=axis).build((None, 4, 3))
+    assert f"axis={list(axis)}" in str(error.value)
+    assert "(None, 4, 3)" in str(error.value)
+
+
+def test_several_axes_one_of_unknown_size():
+    with pytest.raises(ValueError, match="must be known"):
+        OURS(axis=(1, 2)).build((None, None, 3))
 
 
 @pytest.mark.parametrize("shape", [(3,), ()])
