@@ -6,18 +6,32 @@ import numbers
 import numpy as np
 
 
-def refuse_reserved(axis_name, virtual_batch_size):
+def refuse_reserved(axis_name):
     """Raises ValueError for what a later version will do."""
-    reserved = {
-        "axis_name": axis_name,
-        "virtual_batch_size": virtual_batch_size,
-    }
-    for name, value in reserved.items():
-        if value is not None:
+    if axis_name is not None:
+        raise ValueError(
+            "`axis_name` is not available in this version of keras_bn. "
+            f"Received: axis_name={axis_name!r}. Leave it out."
+        )
+
+
+def checked_virtual_batch_size(size, renorm, synchronized):
+    """`size` as an int of at least 1, or None, else ValueError."""
+    if size is None:
+        return None
+    whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
+    if not whole or size < 1:
+        raise ValueError(
+            "`virtual_batch_size` must be an integer of at least 1, or None. "
+            f"Received: virtual_batch_size={size!r}."
+        )
+    for name, value in (("renorm", renorm), ("synchronized", synchronized)):
+        if value:
             raise ValueError(
-                f"`{name}` is not available in this version of keras_bn. "
-                f"Received: {name}={value!r}. Leave it out."
+                f"`virtual_batch_size` does not work together with `{name}`. "
+                f"Received: virtual_batch_size={size}, {name}={value}."
             )
+    return int(size)
 
 
 def checked_momentum(momentum, debias):

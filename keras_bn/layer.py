@@ -7,6 +7,7 @@ from keras_bn import kernels
 from keras_bn.argument_checks import axes_within
 from keras_bn.argument_checks import checked_axis
 from keras_bn.argument_checks import checked_momentum
+from keras_bn.argument_checks import checked_virtual_batch_size
 from keras_bn.argument_checks import fraction
 from keras_bn.argument_checks import not_negative
 from keras_bn.argument_checks import refuse_reserved
@@ -20,6 +21,7 @@ from keras_bn.moving_statistics import ExponentialMovingAverage
 from keras_bn.moving_statistics import as_vector
 from keras_bn.moving_statistics import assign_where_counted
 from keras_bn.moving_statistics import count_batch
+from keras_bn.moving_statistics import count_batches
 from keras_bn.moving_statistics import moving_average
 from keras_bn.moving_statistics import unbiased
 from keras_bn.renormalization import checked_clipping
@@ -79,7 +81,11 @@ class BatchNormalization(keras.layers.Layer):
             replicas. TensorFlow only; without a running `tf.distribute`
             strategy it changes nothing.
         axis_name: Reserved; only None for now.
-        virtual_batch_size: Reserved; only None for now.
+        virtual_batch_size: Int of at least 1, or None. In training, so many
+            samples at a time are normalized on their own, the last ones being
+            fewer, and enter the moving statistics in turn (ghost batches:
+            Hoffer et al., 2017, arXiv 1705.08741). The first axis of the
+            inputs is that of samples. Not with `renorm` or `synchronized`.
         unbiased_variance: Whether the moving variance takes in the variance
             divided by N - 1, as PyTorch and TensorFlow 1's fused layer do.
             The batch is normalized with the one divided by N regardless.
@@ -133,7 +139,7 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        refuse_reserved(axis_name, virtual_batch_size)
+        refuse_reserved(axis_name)
         self.axis = checked_axis(axis)
         self.momentum = checked_momentum(momentum, debias)
         self.debias = debias
@@ -165,6 +171,9 @@ class BatchNormalization(keras.layers.Layer):
                 f"backend {keras.backend.backend()!r}."
             )
         self.synchronized = synchronized
+        self.virtual_batch_size = checked_virtual_batch_size(
+            virtual_batch_size, renorm, synchronized
+        )
         self.supports_masking = True
 
         self.gamma = None
@@ -175,6 +184,12 @@ class BatchNormalization(keras.layers.Layer):
     def build(self, input_shape):
         axes = axes_within(self.axis, input_shape)
         sizes = {axis: input_shape[axis] for axis in axes}
+        if self.virtual_batch_size is not None and 0 in sizes:
+            raise ValueError(
+                "With `virtual_batch_size` axis 0 is that of samples, and no "
+                f"channel axis. Received: axis={self.axis} for input_shape="
+                f"{tuple(input_shape)}."
+            )
         if None in sizes.values():
             raise ValueError(
                 f"The size of axis {self.axis}, the channel axis, must be "
@@ -293,6 +308,19 @@ class BatchNormalization(keras.layers.Layer):
             )
             return ops.cast(outputs, self.compute_dtype)
 
+        if self.virtual_batch_size is not None:
+            outputs, mean, variance, counts = kernels.normalize_ghost_batches(
+                inputs,
+                gamma,
+                beta,
+                axis=axis,
+                epsilon=self.epsilon,
+                size=self.virtual_batch_size,
+                mask=mask,
+            )
+            self._take_in_turn(mean, variance, counts)
+            return ops.cast(outputs, self.compute_dtype)
+
         batch = {
             "axis": axis,
             "mask": mask,
@@ -324,6 +352,17 @@ class BatchNormalization(keras.layers.Layer):
             count_batch(batches, count)
         for variable, value in moments:
             average.update(variable, value, count, batches)
+
+    def _take_in_turn(self, means, variances, counts):
+        average = self._average
+        batches = None
+        if average.counts_batches:
+            batches = self.num_batches_tracked
+            count_batches(batches, counts)
+        if self.unbiased_variance:
+            variances = unbiased(variances, counts)
+        average.update_in_turn(self.moving_mean, means, counts, batches)
+        average.update_in_turn(self.moving_variance, variances, counts, batches)
 
     def _renormalize(self, gamma, beta, mean, variance, count):
         """Takes the moments in; the scale and offset to normalize with.
@@ -376,9 +415,9 @@ class BatchNormalization(keras.layers.Layer):
             synchronized=self.synchronized,
         )
         # Keras's layer is built from a config that has none of these.
-        for name in ("unbiased_variance", "debias"):
+        for name in ("virtual_batch_size", "unbiased_variance", "debias"):
             if getattr(self, name):
-                config[name] = True
+                config[name] = getattr(self, name)
         for weight in ("beta", "gamma", "moving_mean", "moving_variance"):
             name = f"{weight}_initializer"
             config[name] = keras.initializers.serialize(getattr(self, name))

@@ -14,6 +14,32 @@ from keras import ops
 
 
 class _MovingAverage:
+    def update_in_turn(self, variable, values, counts, batches=None):
+        """Takes several batches in, one after the other.
+
+        Args:
+            variable: As for `update`.
+            values: Tensor of shape `(several, channels)`.
+            counts: Tensor of shape `(several, 1)` or `(several, channels)`.
+            batches: As for `update`, these batches among them.
+        """
+        counted = ops.broadcast_to(counts > 0, ops.shape(values))
+        if self.counts_batches:
+            so_far = ops.cumsum(ops.cast(counted, values.dtype), axis=0)
+            before = as_vector(batches, values.dtype) - so_far[-1]
+            batches = ops.maximum(before + so_far, 1.0)
+        past, new = self.weights(batches)
+        # How much is kept of what was there before each batch, and at the end
+        # of what each batch brings.
+        kept = ops.where(counted, past, 1.0)
+        kept = ops.cast(kept, values.dtype)
+        to_the_end = ops.flip(ops.cumprod(ops.flip(kept, 0), axis=0), 0)
+        after = ops.concatenate([to_the_end[1:], ops.ones_like(kept[:1])], 0)
+        brought = ops.where(counted, values * new * after, 0.0)
+        moving = as_vector(variable, values.dtype) * to_the_end[0]
+        moving = moving + ops.sum(ops.cast(brought, values.dtype), 0)
+        assign_where_counted(variable, moving, ops.max(counts, 0))
+
     def update(self, variable, value, count, batches=None):
         """Takes one batch into the average that `variable` holds.
 
@@ -106,6 +132,13 @@ def count_batch(batches, count):
     """Adds 1 to the integer variable `batches` in the channels counted."""
     seen = ops.reshape(batches.value, (-1,))
     assign_where_counted(batches, seen + ops.ones_like(seen), count)
+
+
+def count_batches(batches, counts):
+    """`count_batch` for each row of `counts`."""
+    seen = ops.reshape(batches.value, (-1,))
+    more = ops.sum(ops.cast(counts > 0, seen.dtype), 0)
+    assign_where_counted(batches, seen + more, ops.ones_like(seen))
 
 
 def unbiased(variance, count):

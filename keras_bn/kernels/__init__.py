@@ -1,6 +1,6 @@
 """The kernels of the backend Keras runs on, picked once at import.
 
-Three pure functions of tensors, the same on every backend; `reference.py` is
+Four pure functions of tensors, the same on every backend; `reference.py` is
 their definition. Moments are float32, or float64 for float64 inputs, whatever
 the inputs' dtype; outputs have the inputs' dtype.
 
@@ -19,6 +19,13 @@ moments=None, synchronized=False)`
     as new state. `moments` hands in the result of `batch_moments` for these
     inputs and this mask, where the caller needed it beforehand.
 
+`normalize_ghost_batches(inputs, gamma, beta, *, axis, epsilon, size,
+mask=None)`
+    As `normalize_batch` for each `size` samples on their own, the last ones
+    being fewer: `outputs`, and `mean`, `variance` and `count` with a row for
+    each part; `count` of shape `(parts, 1)` or `(parts, channels)`. `axis` is
+    not 0. Hoffer et al., 2017, arXiv 1705.08741, call the parts ghost batches.
+
 `normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon)`
     `outputs`, normalized with moments that do not depend on `inputs`.
 
@@ -33,14 +40,17 @@ import keras
 if keras.backend.backend() == "tensorflow":
     from keras_bn.kernels.tensorflow import batch_moments
     from keras_bn.kernels.tensorflow import normalize_batch
+    from keras_bn.kernels.tensorflow import normalize_ghost_batches
     from keras_bn.kernels.tensorflow import normalize_with
 elif keras.backend.backend() == "jax":
     from keras_bn.kernels.jax import batch_moments
     from keras_bn.kernels.jax import normalize_batch
+    from keras_bn.kernels.jax import normalize_ghost_batches
     from keras_bn.kernels.jax import normalize_with
 elif keras.backend.backend() == "torch":
     from keras_bn.kernels.torch import batch_moments
     from keras_bn.kernels.torch import normalize_batch
+    from keras_bn.kernels.torch import normalize_ghost_batches
     from keras_bn.kernels.torch import normalize_with
 else:
     raise ImportError(
@@ -49,4 +59,9 @@ else:
         "the three before Keras is imported."
     )
 
-__all__ = ["batch_moments", "normalize_batch", "normalize_with"]
+__all__ = [
+    "batch_moments",
+    "normalize_batch",
+    "normalize_ghost_batches",
+    "normalize_with",
+]

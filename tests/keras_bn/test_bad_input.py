@@ -30,7 +30,6 @@ OURS = keras_bn.BatchNormalization
         ({"epsilon": float("nan")}, "epsilon=nan"),
         ({"renorm_momentum": 2}, "renorm_momentum=2"),
         ({"axis_name": "batch"}, "axis_name='batch'"),
-        ({"virtual_batch_size": 8}, "virtual_batch_size=8"),
         (
             {"renorm": True, "renorm_clipping": {"max": 1}},
             "{'max': 1}",

@@ -107,6 +107,34 @@ def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
     )
 
 
+def normalize_ghost_batches(
+    inputs, gamma, beta, *, axis, epsilon, size, mask=None
+):
+    """Normalizes parts of the batch, each with its own moments.
+
+    Returns:
+        `(outputs, mean, variance, count)`: `outputs` like `inputs`, the rest
+        with a row for each part.
+    """
+    parts = inputs.split(size)
+    masks = [mask] * len(parts)
+    if mask is not None and len(mask) > 1:
+        masks = mask.split(size)
+    results = [
+        normalize_batch(x, gamma, beta, axis=axis, epsilon=epsilon, mask=kept)
+        for x, kept in zip(parts, masks)
+    ]
+    outputs, means, variances, counts = zip(*results)
+    means = torch.stack(means)
+    counts = [
+        torch.as_tensor(count, dtype=means.dtype, device=means.device)
+        for count in counts
+    ]
+    counts = torch.stack(counts).reshape(len(parts), -1)
+    outputs = torch.cat(outputs)
+    return outputs, means, torch.stack(variances), counts
+
+
 class _Normalize(torch.autograd.Function):
     """Normalizes with given moments.
 

@@ -1,0 +1,169 @@
+"""Batch normalization in pure JAX; `keras_bn.kernels` has the contract."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from keras_bn.kernels.jax.gradients import as_moments_of
+from keras_bn.kernels.jax.gradients import normalize_with_moments
+from keras_bn.kernels.jax.moments import count_positions
+from keras_bn.kernels.jax.moments import moments_of
+from keras_bn.kernels.jax.views import along
+from keras_bn.kernels.jax.views import scale_factor
+
+
+def batch_moments(inputs, *, axis, mask=None, synchronized=False):
+    """Mean, biased variance and count of each channel.
+
+    Args:
+        inputs: floating tensor of any rank from 2.
+        axis: the channels' dimension, in `[0, rank)`.
+        mask: None or boolean, of the rank of `inputs` and broadcastable to
+            it; positions that are False do not count.
+        synchronized: not supported.
+
+    Returns:
+        `(mean, variance, count)`, float32, or float64 for float64 inputs;
+        `mean` and `variance` of shape `(channels,)`, `count` an int, or of
+        shape `(channels,)` under a mask. No gradient flows through them.
+    """
+    _refuse_synchronized(synchronized)
+    inputs = lax.stop_gradient(inputs)
+    count = count_positions(inputs, mask, axis)
+    mean, variance = moments_of(inputs, count, mask, axis)
+    return mean, variance, count
+
+
+def normalize_batch(
+    inputs,
+    gamma,
+    beta,
+    *,
+    axis,
+    epsilon,
+    mask=None,
+    moments=None,
+    synchronized=False,
+):
+    """Normalizes each channel with the moments of this batch.
+
+    Args:
+        inputs: floating tensor of any rank from 2.
+        gamma, beta: None or of shape `(channels,)`.
+        axis, mask, synchronized: as in `batch_moments`.
+        epsilon: added to the variance.
+        moments: None, or what `batch_moments` returned for these inputs and
+            this mask.
+
+    Returns:
+        `(outputs, mean, variance, count)`: `outputs` like `inputs`, the rest
+        as from `batch_moments`. Gradients flow from `outputs` to `gamma`,
+        `beta` and, through the moments too, to `inputs`; from `mean` and
+        `variance`, which JAX users get back as the new state, to `inputs`.
+    """
+    _refuse_synchronized(synchronized)
+    if moments is None:
+        moments = batch_moments(inputs, axis=axis, mask=mask)
+    mean, variance = map(lax.stop_gradient, moments[:2])
+    count = moments[2]
+    # Inside `shard_map` devices share parameters, but not their gradients:
+    # here they meet what the devices do not share, which JAX differentiates.
+    if gamma is not None:
+        gamma = jnp.where(True, gamma, mean)
+    if beta is not None:
+        beta = jnp.where(True, beta, mean)
+    outputs = normalize_with_moments(
+        inputs,
+        gamma,
+        beta,
+        mean,
+        variance,
+        jnp.asarray(count, mean.dtype),
+        mask,
+        axis,
+        epsilon,
+    )
+    mean, variance = as_moments_of(
+        inputs, mean, variance, jnp.asarray(count, mean.dtype), mask, axis
+    )
+    return outputs, mean, variance, count
+
+
+def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
+    """Normalizes each channel with moments that do not depend on `inputs`.
+
+    Args:
+        inputs: floating tensor of any rank from 2.
+        mean, variance: of shape `(channels,)`.
+        gamma, beta: None or of shape `(channels,)`.
+        axis: the channels' dimension, in `[0, rank)`.
+        epsilon: added to the variance.
+
+    Returns:
+        `gamma * (inputs - mean) / sqrt(variance + epsilon) + beta`, of the
+        shape and dtype of `inputs`, computed in float32 or wider.
+    """
+    # A multiplication and an addition; one operation more can be seen in the
+    # time of small channels.
+    factor = scale_factor(variance, gamma, epsilon)
+    offset = -mean * factor if beta is None else beta - mean * factor
+    outputs = inputs.astype(mean.dtype) * along(axis, factor, inputs.ndim)
+    outputs = outputs + along(axis, offset, inputs.ndim)
+    return outputs.astype(inputs.dtype)
+
+
+def normalize_ghost_batches(
+    inputs, gamma, beta, *, axis, epsilon, size, mask=None
+):
+    """Normalizes parts of the batch, each with its own moments.
+
+    Args:
+        inputs, gamma, beta, axis, epsilon, mask: as in `normalize_batch`;
+            `axis` is not 0.
+        size: how many samples are a part; the last one may have less.
+
+    Returns:
+        `(outputs, mean, variance, count)`: `outputs` like `inputs`, the rest
+        with a row for each part.
+    """
+
+    def normalize(inputs, mask):
+        outputs, mean, variance, count = normalize_batch(
+            inputs, gamma, beta, axis=axis, epsilon=epsilon, mask=mask
+        )
+        count = jnp.asarray(count, mean.dtype)
+        return outputs, mean, variance, jnp.broadcast_to(count, mean.shape)
+
+    def pick(tensor, start, number, length):
+        """`number` parts of `length` samples, stacked."""
+        picked = tensor[start : start + number * length]
+        return picked.reshape(number, length, *tensor.shape[1:])
+
+    # Under `vmap` a mask for all samples alike is not mapped over.
+    of_samples = mask is not None and mask.shape[0] > 1
+    batch = inputs.shape[0]
+    whole, rest = divmod(batch, size)
+    results = []
+    for start, number, length in ((0, whole, size), (batch - rest, 1, rest)):
+        if number * length:
+            x = pick(inputs, start, number, length)
+            kept = pick(mask, start, number, length) if of_samples else mask
+            outputs, *moments = jax.vmap(
+                normalize, (0, 0 if of_samples else None)
+            )(x, kept)
+            outputs = outputs.reshape(-1, *inputs.shape[1:])
+            results.append((outputs, *moments))
+    if not results:
+        outputs, *moments = normalize(inputs, mask)
+        return outputs, *(moment[None] for moment in moments)
+    if len(results) == 1:
+        return results[0]
+    return tuple(map(jnp.concatenate, zip(*results)))
+
+
+def _refuse_synchronized(synchronized):
+    if synchronized:
+        raise ValueError(
+            "The JAX kernels do not support synchronized moments. "
+            f"Received: synchronized={synchronized}"
+        )
