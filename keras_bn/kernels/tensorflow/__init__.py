@@ -9,8 +9,10 @@ same steps are taken with moments found on their own and a gradient in plain ops
 import tensorflow as tf
 
 from keras_bn.kernels.tensorflow import fused
+from keras_bn.kernels.tensorflow import ghost_batches
 from keras_bn.kernels.tensorflow import plain
 from keras_bn.kernels.tensorflow.views import along
+from keras_bn.kernels.tensorflow.views import has_gpu
 from keras_bn.kernels.tensorflow.views import has_tangents
 from keras_bn.kernels.tensorflow.views import is_for_xla
 from keras_bn.kernels.tensorflow.views import is_small
@@ -68,60 +70,14 @@ def normalize_ghost_batches(
     inputs, gamma, beta, *, axis, epsilon, size, mask=None
 ):
     """Normalizes parts of the batch. See the package."""
-    dtype = moments_type(inputs.dtype)
-    channels = inputs.shape[axis]
-    if mask is not None:
-        mask = tf.broadcast_to(
-            mask, tf.concat([tf.shape(inputs)[:1], tf.shape(mask)[1:]], 0)
-        )
-
-    def normalize(inputs, mask):
-        outputs, mean, variance, count = normalize_batch(
-            inputs, gamma, beta, axis=axis, epsilon=epsilon, mask=mask
-        )
-        count = tf.broadcast_to(tf.cast(count, dtype), [channels])
-        return outputs, mean, variance, count
-
-    def normalize_rows(rows):
-        return normalize(*rows) if mask is not None else normalize(rows, None)
-
-    def in_parts(tensor):
-        return tf.reshape(tensor, [-1, size, *_sizes(tensor)[1:]])
-
-    batch = _sizes(inputs)[0]
-    rest = batch % size
-    tensors = [inputs] if mask is None else [inputs, mask]
-    # A split is no copy, and the gradient of one is a single copy.
-    halves = [tf.split(t, [batch - rest, rest]) for t in tensors]
-    wholes, rests = zip(*halves)
-    wholes = tuple(map(in_parts, wholes))
-    vector = tf.TensorSpec([channels], dtype)
-    results = tf.map_fn(
-        normalize_rows,
-        wholes if mask is not None else wholes[0],
-        fn_output_signature=(
-            tf.TensorSpec([size, *inputs.shape[1:]], inputs.dtype),
-            vector,
-            vector,
-            vector,
-        ),
+    gamma, beta = _defaults(inputs, gamma, beta, axis)
+    settings = {"axis": axis, "epsilon": epsilon, "size": size}
+    plain_batch = mask is None and not _needs_plain_ops(inputs)
+    if plain_batch and not has_gpu():
+        return ghost_batches.normalize(inputs, gamma, beta, **settings)
+    return ghost_batches.map_normalize(
+        normalize_batch, inputs, gamma, beta, mask=mask, **settings
     )
-    outputs, *moments = results
-    outputs = tf.reshape(outputs, [-1, *_sizes(inputs)[1:]])
-    if isinstance(rest, int) and not rest and batch:
-        return outputs, *moments
-    last = normalize_rows(rests if mask is not None else rests[0])
-    outputs = tf.concat([outputs, last[0]], 0)
-    return tf.ensure_shape(outputs, inputs.shape), *(
-        tf.concat([several, one[None]], 0)
-        for several, one in zip(moments, last[1:])
-    )
-
-
-def _sizes(tensor):
-    """The sizes of a tensor: ints where they are known."""
-    sizes = tf.shape(tensor)
-    return [sizes[i] if n is None else n for i, n in enumerate(tensor.shape)]
 
 
 def _moments(inputs, axis, mask, synchronized):

@@ -41,7 +41,7 @@ def moments(inputs, axis):
     """`(mean, variance, count)` of each channel, right at any mean."""
     channels = inputs.shape[axis]
     ones, zeros = tf.ones([channels]), tf.zeros([channels])
-    _, mean, variance, *_ = _normalize(
+    _, mean, variance, *_ = normalize_once(
         channels_last(inputs, axis), ones, zeros, 1.0, is_small(inputs)
     )
     return mean, variance, positions(inputs, channels)
@@ -50,13 +50,11 @@ def moments(inputs, axis):
 def normalize(inputs, gamma, beta, axis, epsilon):
     """`(outputs, mean, variance, count)`, with the gradient of training."""
     small = is_small(inputs)
-    fits = _fits(inputs.shape[axis], inputs.dtype)
-    gradients = _narrow_gradients if fits else _wide_gradients
 
     @tf.custom_gradient
     def normalize(inputs, gamma, beta):
         x = channels_last(inputs, axis)
-        outputs, mean, variance, *saved = _normalize(
+        outputs, mean, variance, *saved = normalize_once(
             x, gamma, beta, epsilon, small
         )
 
@@ -148,7 +146,7 @@ def grouped_moments(inputs, axis):
 # cuDNN's own space.
 
 
-def _normalize(x, gamma, beta, epsilon, small):
+def normalize_once(x, gamma, beta, epsilon, small):
     """Normalizes with the batch's moments, right at any mean."""
     if small:
         outputs, mean, variance = plain.normalize_few(x, gamma, beta, epsilon)
@@ -211,6 +209,13 @@ def _grouped(x, gamma, beta, epsilon):
     return outputs, mean, variance, mean, variance, tf.zeros([])
 
 
+def gradients(output_gradient, inputs, gamma, saved, axis, epsilon):
+    """Of the inputs, gamma and beta, from what the op wants saved."""
+    fits = _fits(inputs.shape[axis], inputs.dtype)
+    of = _narrow_gradients if fits else _wide_gradients
+    return of(output_gradient, inputs, gamma, saved, axis, epsilon)
+
+
 def _narrow_gradients(output_gradient, inputs, gamma, saved, axis, epsilon):
     gradients = tf.raw_ops.FusedBatchNormGradV3(
         y_backprop=channels_last(output_gradient, axis),
@@ -251,7 +256,7 @@ def _wide_gradients(output_gradient, inputs, gamma, saved, axis, epsilon):
         return composed(output_gradient, inputs, gamma)
 
     @tf.custom_gradient
-    def gradients(output_gradient, inputs, gamma):
+    def gradients_and_second(output_gradient, inputs, gamma):
         first = tf.raw_ops.FusedBatchNormGradV3(
             y_backprop=_side_by_side(
                 channels_last(output_gradient, axis), repeats
@@ -293,7 +298,7 @@ def _wide_gradients(output_gradient, inputs, gamma, saved, axis, epsilon):
 
         return (of_inputs, of_gamma, of_beta), second
 
-    return gradients(output_gradient, inputs, gamma)
+    return gradients_and_second(output_gradient, inputs, gamma)
 
 
 def _fits(channels, dtype):
