@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import keras_bn
+from keras_bn import kernels
 from tests.keras_bn import frameworks
 
 OURS = keras_bn.BatchNormalization
@@ -161,3 +162,45 @@ def test_combinations_that_are_refused():
         OURS(virtual_batch_size=8, renorm=True)
     with pytest.raises(ValueError, match="axis 0 is that of samples"):
         OURS(virtual_batch_size=8, axis=0).build((4, 3))
+
+
+@pytest.mark.parametrize("shape, size", [((6, 4, 3), 4), ((9, 16, 64), 4)])
+def test_second_derivatives(shape, size):
+    """Against those of the kernel for a whole batch, on each part."""
+    inputs, output_gradient, direction = (_values(shape, i) for i in range(3))
+    vectors = [
+        np.random.default_rng(i).uniform(0.5, 2.0, shape[-1]) for i in range(2)
+    ]
+    settings = {"axis": len(shape) - 1, "epsilon": 1e-3}
+
+    def second(kernel, rows, **more):
+        def outputs(inputs, gamma):
+            return kernel(inputs, gamma, None, **settings, **more)
+
+        tensors, directions = (
+            [frameworks.tensor(of_inputs[rows]), frameworks.tensor(vector)]
+            for of_inputs, vector in zip((inputs, direction), vectors)
+        )
+        return frameworks.second_gradients(
+            outputs,
+            tensors,
+            frameworks.tensor(output_gradient[rows]),
+            directions,
+        )
+
+    found = second(kernels.normalize_ghost_batches, slice(None), size=size)
+    parts = [
+        second(kernels.normalize_batch, slice(start, start + size))
+        for start in range(0, shape[0], size)
+    ]
+    of_inputs, of_gamma, of_gradient = zip(*parts)
+    for ours, right in zip(
+        found,
+        [
+            np.concatenate(of_inputs),
+            sum(of_gamma),
+            np.concatenate(of_gradient),
+        ],
+    ):
+        scale = np.abs(right).max(initial=1e-3)
+        np.testing.assert_allclose(ours, right, 1e-3, 1e-4 * scale)

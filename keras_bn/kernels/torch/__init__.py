@@ -116,6 +116,8 @@ def normalize_ghost_batches(
         `(outputs, mean, variance, count)`: `outputs` like `inputs`, the rest
         with a row for each part.
     """
+    if mask is None and _has_native_parts(inputs):
+        return _NormalizeParts.apply(inputs, gamma, beta, axis, epsilon, size)
     parts = inputs.split(size)
     masks = [mask] * len(parts)
     if mask is not None and len(mask) > 1:
@@ -209,29 +211,106 @@ class _Normalize(torch.autograd.Function):
         return tuple(gradients)
 
 
+class _NormalizeParts(torch.autograd.Function):
+    """Normalizes parts of the inputs, each with its own moments.
+
+    What comes out is written where it belongs instead of being joined.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, gamma, beta, axis, epsilon, size):
+        order = dense_order(inputs)
+        x = flatten(inputs, axis, order)
+        rows = size * (x.shape[0] // inputs.shape[0])
+        outputs = torch.empty_like(x)
+        moments = []
+        for part, into in zip(x.split(rows), outputs.split(rows)):
+            mean, variance, count, far = _flat_moments(part)
+            native.outputs(
+                part, gamma, beta, mean, variance, epsilon, far, into
+            )
+            moments.append((mean, variance, count, far))
+        means, variances, ctx.counts, ctx.far = zip(*moments)
+        means, variances = torch.stack(means), torch.stack(variances)
+        counts = torch.tensor(ctx.counts, dtype=means.dtype)[:, None]
+        ctx.save_for_backward(inputs, gamma, means, variances)
+        ctx.axis, ctx.epsilon, ctx.size = axis, epsilon, size
+        ctx.mark_non_differentiable(means, variances, counts)
+        outputs = unflatten(outputs, inputs, order)
+        return outputs, means, variances, counts
+
+    @staticmethod
+    def backward(ctx, output_gradient, *_):
+        inputs, gamma, means, variances = ctx.saved_tensors
+        moments = means, variances, ctx.counts
+        axis, epsilon = ctx.axis, ctx.epsilon
+        if (
+            torch.is_grad_enabled()
+            or not _is_eager_on_cpu(inputs)
+            or is_legacy_batchedtensor(output_gradient)
+        ):
+            tensors = (t.split(ctx.size) for t in (output_gradient, inputs))
+            dx, *of_vectors = zip(
+                *(
+                    plain.gradients(dy, x, gamma, *own, None, axis, epsilon)
+                    for dy, x, *own in zip(*tensors, *moments)
+                )
+            )
+            gradients = torch.cat(dx), *map(sum, of_vectors)
+        else:
+            order = dense_order(inputs)
+            x = flatten(inputs, axis, order)
+            dy = flatten(output_gradient, axis, order)
+            dx = torch.empty_like(x)
+            rows = ctx.size * (x.shape[0] // inputs.shape[0])
+            tensors = (t.split(rows) for t in (dy, x, dx))
+            of_vectors = [
+                native.gradients(y, x, gamma, *own, epsilon, far, into)[1:]
+                for y, x, into, *own, far in zip(*tensors, *moments, ctx.far)
+            ]
+            of_vectors = (torch.stack(v).sum(0) for v in zip(*of_vectors))
+            gradients = unflatten(dx, inputs, order), *of_vectors
+        gradients = [
+            gradient if needed else None
+            for gradient, needed in zip_longest(gradients, ctx.needs_input_grad)
+        ]
+        return tuple(gradients)
+
+
+def _has_native_parts(inputs):
+    """Whether parts of the inputs are parts of what the kernels see."""
+    if not _is_eager_on_cpu(inputs) or not inputs.numel():
+        return False
+    order = dense_order(inputs)
+    return order is None or order[0] == 0
+
+
 def _moments(inputs, axis, mask):
     """`mean`, `variance`, `count`, and whether the data is far."""
     if not _is_eager_on_cpu(inputs) or not inputs.numel():
         return *plain.moments(inputs, axis, mask), False
     order = dense_order(inputs)
     x = flatten(inputs, axis, order)
-    dtype = moments_dtype(x.dtype)
     if mask is None:
-        mean, variance = native.merged_moments(x, dtype)
-        count = x.numel() // x.shape[1]
-        far = _is_far(mean, variance)
-        if far:
-            mean, variance = native.moments_about(mean, x, None, count)
-    else:
-        keep = flatten(mask.expand_as(inputs), axis, order)
-        count = keep.sum(reduced_axes(x)).to(dtype)
-        total = sum(
-            torch.where(kept, block, 0).sum(reduced_axes(x), dtype=dtype)
-            for block, kept in blocks(x, keep)
-        )
-        mean = total / at_least_one(count)
-        mean, variance = native.moments_about(mean, x, keep, count)
-        far = _is_far(mean, variance)
+        return _flat_moments(x)
+    dtype = moments_dtype(x.dtype)
+    keep = flatten(mask.expand_as(inputs), axis, order)
+    count = keep.sum(reduced_axes(x)).to(dtype)
+    total = sum(
+        torch.where(kept, block, 0).sum(reduced_axes(x), dtype=dtype)
+        for block, kept in blocks(x, keep)
+    )
+    mean = total / at_least_one(count)
+    mean, variance = native.moments_about(mean, x, keep, count)
+    return mean, variance, count, _is_far(mean, variance)
+
+
+def _flat_moments(x):
+    mean, variance = native.merged_moments(x, moments_dtype(x.dtype))
+    count = x.numel() // x.shape[1]
+    far = _is_far(mean, variance)
+    if far:
+        mean, variance = native.moments_about(mean, x, None, count)
     return mean, variance, count, far
 
 

@@ -73,23 +73,26 @@ def moments_about(center, x, keep, count):
     return center + offset, variance.clamp_(min=0)
 
 
-def outputs(x, gamma, beta, mean, variance, epsilon, far):
-    """Normalized `x`; far data has the mean subtracted first."""
+def outputs(x, gamma, beta, mean, variance, epsilon, far, into=None):
+    """Normalized `x`; far data has the mean subtracted first.
+
+    `into` is what to write them to, and is returned then.
+    """
     if not far and (x.dim() == 3 or x.dtype != mean.dtype):
-        return torch.native_batch_norm(
+        outputs = torch.native_batch_norm(
             x, gamma, beta, mean, variance, False, 0.0, epsilon
         )[0]
+        return outputs if into is None else into.copy_(outputs)
     factor = scale_factor(gamma, variance, epsilon)
     if beta is None:
         beta = torch.zeros_like(mean)
     if not far:
-        return torch.addcmul(
-            torch.addcmul(beta, mean, factor, value=-1), x, factor
-        )
+        offset = torch.addcmul(beta, mean, factor, value=-1)
+        return torch.addcmul(offset, x, factor, out=into)
     mean, factor, beta = (column(v, x) for v in (mean, factor, beta))
-    outputs = torch.empty_like(x)
-    for block, into in blocks(x, outputs):
-        into.copy_(torch.addcmul(beta, block - mean, factor))
+    outputs = torch.empty_like(x) if into is None else into
+    for block, block_into in blocks(x, outputs):
+        block_into.copy_(torch.addcmul(beta, block - mean, factor))
     return outputs
 
 
@@ -109,13 +112,14 @@ def _native_gradients(dy, x, gamma, mean, variance, count, epsilon):
     )
 
 
-def gradients(dy, x, gamma, mean, variance, count, epsilon, far):
+def gradients(dy, x, gamma, mean, variance, count, epsilon, far, into=None):
     """`(dx, gamma_gradient, beta_gradient)`; without a `count` the moments
-    are constants."""
+    are constants. `into` is what to write `dx` to."""
     vectors = gamma, mean, variance, count, epsilon
     if _adds_naively(x, mean.dtype):
-        return _grouped_gradients(dy, x, *vectors, far)
-    return _native_gradients(dy, x, *vectors)
+        return _grouped_gradients(dy, x, *vectors, far, into)
+    dx, *of_vectors = _native_gradients(dy, x, *vectors)
+    return dx if into is None else into.copy_(dx), *of_vectors
 
 
 def _adds_naively(x, dtype):
@@ -127,7 +131,9 @@ def _adds_naively(x, dtype):
     return x.dim() == 2 and x.shape[0] > FEW and x.dtype == dtype
 
 
-def _grouped_gradients(dy, x, gamma, mean, variance, count, epsilon, far):
+def _grouped_gradients(
+    dy, x, gamma, mean, variance, count, epsilon, far, dx=None
+):
     """The native gradients, with sums over groups of positions."""
     channels = x.shape[1]
     products, plains = [], []
@@ -153,7 +159,8 @@ def _grouped_gradients(dy, x, gamma, mean, variance, count, epsilon, far):
     inverse = (variance + epsilon).rsqrt_()
     factor = inverse if gamma is None else gamma * inverse
     if count is None:
-        return dy * factor, gamma_gradient, beta_gradient
+        dx = torch.mul(dy, factor, out=dx)
+        return dx, gamma_gradient, beta_gradient
 
     # dx = factor * dy + slope * (x - mean) + shift
     share = factor / -count
@@ -161,7 +168,7 @@ def _grouped_gradients(dy, x, gamma, mean, variance, count, epsilon, far):
     shift = share * beta_gradient
     if not far:
         shift.addcmul_(slope, mean, value=-1)
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if dx is None else dx
     for block, dy_block, into in blocks(x, dy, dx):
         if far:
             block = block - mean
