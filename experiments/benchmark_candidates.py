@@ -32,7 +32,8 @@ class Candidate(NamedTuple):
     """One layer, ready to be timed.
 
     Attributes:
-        name: `keras_bn`, `keras`, or the peer's name from `PEERS`.
+        name: `keras_bn`, `keras_bn_ghost` (four ghost batches), `keras`, or
+            the peer's name from `PEERS`.
         operations: from each of `OPERATIONS` to a call without arguments
             that runs it to the end and returns what it computed.
     """
@@ -55,7 +56,8 @@ def candidates(
             Parameters and statistics stay in float32.
 
     Returns:
-        keras_bn's layer, Keras's, and the framework's peer if installed.
+        keras_bn's layer, the same with ghost batches, Keras's, and the
+        framework's peer if installed.
     """
     build = {
         "tensorflow": _tensorflow_candidates,
@@ -74,13 +76,16 @@ def _policy(dtype: str) -> str:
     return dtype if dtype == "float32" else f"mixed_{dtype}"
 
 
-def _keras_layers(dtype: str) -> dict:
+def _keras_layers(dtype: str, batch: int) -> dict:
     import keras
 
     import keras_bn
 
     return {
         "keras_bn": keras_bn.BatchNormalization(dtype=_policy(dtype)),
+        "keras_bn_ghost": keras_bn.BatchNormalization(
+            dtype=_policy(dtype), virtual_batch_size=-(-batch // 4)
+        ),
         "keras": keras.layers.BatchNormalization(dtype=_policy(dtype)),
     }
 
@@ -88,7 +93,7 @@ def _keras_layers(dtype: str) -> dict:
 def _tensorflow_candidates(inputs, gradient, dtype) -> list[Candidate]:
     import tensorflow as tf
 
-    layers = _keras_layers(dtype)
+    layers = _keras_layers(dtype, len(inputs))
     if has_peer("tensorflow"):
         import tf_keras
 
@@ -198,7 +203,7 @@ def _jax_candidates(inputs, gradient, dtype) -> list[Candidate]:
 
     found = [
         Candidate(name, keras_operations(layer))
-        for name, layer in _keras_layers(dtype).items()
+        for name, layer in _keras_layers(dtype, len(inputs)).items()
     ]
     if has_peer("jax"):
         found.append(Candidate("flax", flax_operations()))
@@ -265,7 +270,7 @@ def _torch_candidates(inputs, gradient, dtype) -> list[Candidate]:
 
     found = [
         Candidate(name, keras_operations(layer))
-        for name, layer in _keras_layers(dtype).items()
+        for name, layer in _keras_layers(dtype, len(inputs)).items()
     ]
     found.append(Candidate("torch", torch_operations()))
     return found
