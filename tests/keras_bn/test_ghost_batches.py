@@ -81,6 +81,11 @@ def test_as_the_plain_layer_on_each_part(size, kind):
     check((8, 5, 3), size, **kind)
 
 
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_many_parts(momentum):
+    check((41, 5, 3), 2, momentum=momentum)
+
+
 @pytest.mark.parametrize("axis", [1, (1, 2), (1, 3)], ids=str)
 def test_channel_axes(axis):
     check((7, 4, 5, 3), 3, axis=axis)

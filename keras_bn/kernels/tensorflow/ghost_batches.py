@@ -9,6 +9,9 @@ from keras_bn.kernels.tensorflow.views import moments_type
 from keras_bn.kernels.tensorflow.views import positions
 from keras_bn.kernels.tensorflow.views import undo_channels_last
 
+# Parts up to which a loop of known length is written out in the graph.
+_UNROLLED = 16
+
 
 def normalize(inputs, gamma, beta, *, axis, epsilon, size):
     """With the fused op in a loop, on a CPU.
@@ -99,10 +102,6 @@ def _for_each_part(function, size, tensors, shapes, dtypes, numbered=False):
         lambda number, *_: number < parts, body, [0, *arrays]
     )
     return [array.concat() for array in arrays]
-
-
-# Parts up to which a loop of known length is written out in the graph.
-_UNROLLED = 16
 
 
 def map_normalize(
