@@ -99,6 +99,29 @@ def axes_within(axis, input_shape):
     return within
 
 
+def channel_sizes(axis, input_shape):
+    """From each channel axis, counted from the front, to its size."""
+    sizes = {one: input_shape[one] for one in axes_within(axis, input_shape)}
+    if None in sizes.values():
+        raise ValueError(
+            f"The size of axis {axis}, the channel axis, must be known to "
+            "build BatchNormalization. Received: "
+            f"input_shape={tuple(input_shape)}. Give the Input that size, or "
+            "name another axis."
+        )
+    return sizes
+
+
+def refuse_axis_of_samples(axis, input_shape):
+    """Raises ValueError where the first axis is a channel axis."""
+    if 0 in axes_within(axis, input_shape):
+        raise ValueError(
+            "With `virtual_batch_size` axis 0 is that of samples, and no "
+            f"channel axis. Received: axis={axis} for input_shape="
+            f"{tuple(input_shape)}."
+        )
+
+
 def fraction(name, value):
     """`value` as a float in [0, 1], else ValueError."""
     number = _number(name, value)

@@ -10,6 +10,18 @@ import math
 from keras import ops
 
 
+def weights_shape(sizes, rank):
+    """`(channels,)`; for several axes of the inputs' rank, else size 1.
+
+    Args:
+        sizes: From each channel axis to its size.
+        rank: Of the inputs.
+    """
+    if len(sizes) == 1:
+        return tuple(sizes.values())
+    return tuple(sizes.get(i, 1) for i in range(rank))
+
+
 def merge_channel_axes(tensor, axes):
     """Makes one axis of `axes`.
 

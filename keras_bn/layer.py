@@ -5,26 +5,30 @@ from keras import ops
 
 from keras_bn import kernels
 from keras_bn.argument_checks import axes_within
+from keras_bn.argument_checks import channel_sizes
 from keras_bn.argument_checks import checked_axis
 from keras_bn.argument_checks import checked_momentum
 from keras_bn.argument_checks import checked_virtual_batch_size
 from keras_bn.argument_checks import fraction
 from keras_bn.argument_checks import not_negative
+from keras_bn.argument_checks import refuse_axis_of_samples
 from keras_bn.argument_checks import refuse_reserved
 from keras_bn.channel_axes import merge_channel_axes
 from keras_bn.channel_axes import merge_mask_axes
 from keras_bn.channel_axes import split_channel_axes
+from keras_bn.channel_axes import weights_shape
 from keras_bn.dtypes import as_floats
 from keras_bn.dtypes import moments_dtype
 from keras_bn.masks import full_rank_mask
 from keras_bn.moving_statistics import ExponentialMovingAverage
 from keras_bn.moving_statistics import as_vector
 from keras_bn.moving_statistics import assign_where_counted
-from keras_bn.moving_statistics import count_batch
-from keras_bn.moving_statistics import count_batches
 from keras_bn.moving_statistics import moving_average
+from keras_bn.moving_statistics import take_in
 from keras_bn.moving_statistics import unbiased
 from keras_bn.renormalization import checked_clipping
+from keras_bn.renormalization import copy_of
+from keras_bn.renormalization import initializer_of_stddev
 from keras_bn.renormalization import renormalized
 
 
@@ -180,27 +184,13 @@ class BatchNormalization(keras.layers.Layer):
         self.beta = None
         self.moving_mean = None
         self.moving_variance = None
+        self.num_batches_tracked = None
 
     def build(self, input_shape):
-        axes = axes_within(self.axis, input_shape)
-        sizes = {axis: input_shape[axis] for axis in axes}
-        if self.virtual_batch_size is not None and 0 in sizes:
-            raise ValueError(
-                "With `virtual_batch_size` axis 0 is that of samples, and no "
-                f"channel axis. Received: axis={self.axis} for input_shape="
-                f"{tuple(input_shape)}."
-            )
-        if None in sizes.values():
-            raise ValueError(
-                f"The size of axis {self.axis}, the channel axis, must be "
-                "known to build BatchNormalization. Received: "
-                f"input_shape={tuple(input_shape)}. Give the Input that size, "
-                "or name another axis."
-            )
-        if len(axes) == 1:
-            shape = tuple(sizes.values())
-        else:
-            shape = tuple(sizes.get(i, 1) for i in range(len(input_shape)))
+        sizes = channel_sizes(self.axis, input_shape)
+        if self.virtual_batch_size is not None:
+            refuse_axis_of_samples(self.axis, input_shape)
+        shape = weights_shape(sizes, len(input_shape))
         if self.scale:
             self.gamma = self.add_weight(
                 shape=shape,
@@ -238,16 +228,12 @@ class BatchNormalization(keras.layers.Layer):
                 autocast=False,
             )
         if self.renorm:
-
-            def stddev_initializer(shape, dtype=None):
-                variance = _clone(variance_initializer)(shape, dtype=dtype)
-                return ops.sqrt(variance)
-
+            stddev_initializer = initializer_of_stddev(variance_initializer)
             self.moving_stddev = self._add_statistic(
                 "moving_stddev", shape, stddev_initializer
             )
             self.renorm_mean = self._add_statistic(
-                "renorm_mean", shape, _clone(mean_initializer)
+                "renorm_mean", shape, copy_of(mean_initializer)
             )
             self.renorm_stddev = self._add_statistic(
                 "renorm_stddev", shape, stddev_initializer
@@ -309,7 +295,7 @@ class BatchNormalization(keras.layers.Layer):
             return ops.cast(outputs, self.compute_dtype)
 
         if self.virtual_batch_size is not None:
-            outputs, mean, variance, counts = kernels.normalize_ghost_batches(
+            outputs, mean, variance, count = kernels.normalize_ghost_batches(
                 inputs,
                 gamma,
                 beta,
@@ -318,21 +304,24 @@ class BatchNormalization(keras.layers.Layer):
                 size=self.virtual_batch_size,
                 mask=mask,
             )
-            self._take_in_turn(mean, variance, counts)
-            return ops.cast(outputs, self.compute_dtype)
-
-        batch = {
-            "axis": axis,
-            "mask": mask,
-            "synchronized": self.synchronized,
-        }
-        moments = None
-        if self.renorm:
-            moments = kernels.batch_moments(inputs, **batch)
-            gamma, beta = self._renormalize(gamma, beta, *moments)
-        outputs, mean, variance, count = kernels.normalize_batch(
-            inputs, gamma, beta, epsilon=self.epsilon, moments=moments, **batch
-        )
+        else:
+            batch = {
+                "axis": axis,
+                "mask": mask,
+                "synchronized": self.synchronized,
+            }
+            moments = None
+            if self.renorm:
+                moments = kernels.batch_moments(inputs, **batch)
+                gamma, beta = self._renormalize(gamma, beta, *moments)
+            outputs, mean, variance, count = kernels.normalize_batch(
+                inputs,
+                gamma,
+                beta,
+                epsilon=self.epsilon,
+                moments=moments,
+                **batch,
+            )
         if not self.renorm:
             if self.unbiased_variance:
                 variance = unbiased(variance, count)
@@ -344,25 +333,7 @@ class BatchNormalization(keras.layers.Layer):
         return ops.cast(outputs, self.compute_dtype)
 
     def _take_in(self, count, *moments):
-        """Updates pairs of a moving statistic and the batch's moment."""
-        average = self._average
-        batches = None
-        if average.counts_batches:
-            batches = self.num_batches_tracked
-            count_batch(batches, count)
-        for variable, value in moments:
-            average.update(variable, value, count, batches)
-
-    def _take_in_turn(self, means, variances, counts):
-        average = self._average
-        batches = None
-        if average.counts_batches:
-            batches = self.num_batches_tracked
-            count_batches(batches, counts)
-        if self.unbiased_variance:
-            variances = unbiased(variances, counts)
-        average.update_in_turn(self.moving_mean, means, counts, batches)
-        average.update_in_turn(self.moving_variance, variances, counts, batches)
+        take_in(self._average, self.num_batches_tracked, count, moments)
 
     def _renormalize(self, gamma, beta, mean, variance, count):
         """Takes the moments in; the scale and offset to normalize with.
@@ -427,10 +398,3 @@ class BatchNormalization(keras.layers.Layer):
             name = f"{weight}_constraint"
             config[name] = keras.constraints.serialize(getattr(self, name))
         return config
-
-
-def _clone(initializer):
-    """A copy that draws anew, where the initializer can be copied."""
-    if isinstance(initializer, keras.initializers.Initializer):
-        return initializer.clone()
-    return initializer

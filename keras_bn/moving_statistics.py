@@ -128,17 +128,28 @@ def moving_average(momentum, debias):
     return ExponentialMovingAverage(momentum)
 
 
-def count_batch(batches, count):
-    """Adds 1 to the integer variable `batches` in the channels counted."""
-    seen = ops.reshape(batches.value, (-1,))
-    assign_where_counted(batches, seen + ops.ones_like(seen), count)
+def take_in(average, batches, count, moments):
+    """Updates moving statistics by one batch, or by several in turn.
 
-
-def count_batches(batches, counts):
-    """`count_batch` for each row of `counts`."""
-    seen = ops.reshape(batches.value, (-1,))
-    more = ops.sum(ops.cast(counts > 0, seen.dtype), 0)
-    assign_where_counted(batches, seen + more, ops.ones_like(seen))
+    Args:
+        average: What weighs the past and the new values.
+        batches: Integer `keras.Variable`, how many batches each channel has
+            seen; None where the average does not count them.
+        count: As for `update`, or for `update_in_turn`.
+        moments: Pairs of a variable and the moment that goes into it, of shape
+            `(channels,)`, or `(several, channels)`.
+    """
+    in_turn = len(moments[0][1].shape) == 2
+    if average.counts_batches:
+        seen = ops.reshape(batches.value, (-1,))
+        if in_turn:
+            more = ops.sum(ops.cast(count > 0, seen.dtype), 0)
+            assign_where_counted(batches, seen + more, ops.max(count, 0))
+        else:
+            assign_where_counted(batches, seen + ops.ones_like(seen), count)
+    update = average.update_in_turn if in_turn else average.update
+    for variable, value in moments:
+        update(variable, value, count, batches)
 
 
 def unbiased(variance, count):

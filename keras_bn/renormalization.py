@@ -7,6 +7,7 @@ clipped.
 
 import math
 
+import keras
 from keras import ops
 
 
@@ -64,3 +65,20 @@ def renormalized(gamma, beta, mean, stddev, reference, epsilon, clipping):
     scale = r if gamma is None else r * gamma
     offset = d if gamma is None else d * gamma
     return scale, offset if beta is None else offset + beta
+
+
+def initializer_of_stddev(variance_initializer):
+    """The initializer of a standard deviation whose square that one gives."""
+
+    def initialize(shape, dtype=None):
+        variance = copy_of(variance_initializer)(shape, dtype=dtype)
+        return ops.sqrt(variance)
+
+    return initialize
+
+
+def copy_of(initializer):
+    """An initializer that draws anew, where the given one can be copied."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return initializer.clone()
+    return initializer

@@ -50,22 +50,24 @@ def test_progress_notes_of_libraries_are_shown_on_demand(flags, shown):
     assert ("a progress note" in done.stderr) == shown
 
 
-def test_a_word_that_is_no_flag_is_one_line():
-    done = run_program(PROGRAM, "train")
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        (
+            "train",
+            "every setting is a flag. Received: 'train'; --help lists the "
+            "flags",
+        ),
+        (
+            "--no_such_flag=3",
+            "Unknown command line flag 'no_such_flag' (--help lists the flags)",
+        ),
+    ],
+)
+def test_what_is_no_flag_is_one_line(argument, message):
+    done = run_program(PROGRAM, argument)
     assert done.returncode == 1
-    assert done.stderr == (
-        "error: every setting is a flag. Received: 'train'; "
-        "--help lists the flags\n"
-    )
-
-
-def test_a_flag_that_does_not_exist_is_one_line():
-    done = run_program(PROGRAM, "--no_such_flag=3")
-    assert done.returncode == 1
-    assert done.stderr == (
-        "error: Unknown command line flag 'no_such_flag' "
-        "(--help lists the flags)\n"
-    )
+    assert done.stderr == f"error: {message}\n"
 
 
 def test_an_interruption_that_was_swallowed_is_not_lost():
