@@ -3,19 +3,32 @@
 import math
 import numbers
 
+import keras
 import numpy as np
 
 
-def refuse_reserved(axis_name):
-    """Raises ValueError for what a later version will do."""
-    if axis_name is not None:
+def checked_axis_name(name):
+    """`name` as a str or a tuple of them, or None, else ValueError."""
+    if name is None:
+        return None
+    if keras.backend.backend() != "jax":
         raise ValueError(
-            "`axis_name` is not available in this version of keras_bn. "
-            f"Received: axis_name={axis_name!r}. Leave it out."
+            "`axis_name` names an axis of JAX's shard_map or pmap. Received: "
+            f"axis_name={name!r} with the backend "
+            f"{keras.backend.backend()!r}. Leave it out."
         )
+    names = [name] if isinstance(name, str) else name
+    if not isinstance(names, (tuple, list)) or not all(
+        isinstance(one, str) for one in names
+    ):
+        raise ValueError(
+            "`axis_name` must be a string or a tuple of them. "
+            f"Received: axis_name={name!r}."
+        )
+    return name if isinstance(name, str) else tuple(name)
 
 
-def checked_virtual_batch_size(size, renorm, synchronized):
+def checked_virtual_batch_size(size, renorm):
     """`size` as an int of at least 1, or None, else ValueError."""
     if size is None:
         return None
@@ -25,12 +38,11 @@ def checked_virtual_batch_size(size, renorm, synchronized):
             "`virtual_batch_size` must be an integer of at least 1, or None. "
             f"Received: virtual_batch_size={size!r}."
         )
-    for name, value in (("renorm", renorm), ("synchronized", synchronized)):
-        if value:
-            raise ValueError(
-                f"`virtual_batch_size` does not work together with `{name}`. "
-                f"Received: virtual_batch_size={size}, {name}={value}."
-            )
+    if renorm:
+        raise ValueError(
+            "`virtual_batch_size` does not work together with `renorm`. "
+            f"Received: virtual_batch_size={size}, renorm={renorm}."
+        )
     return int(size)
 
 

@@ -7,12 +7,12 @@ from keras_bn import kernels
 from keras_bn.argument_checks import axes_within
 from keras_bn.argument_checks import channel_sizes
 from keras_bn.argument_checks import checked_axis
+from keras_bn.argument_checks import checked_axis_name
 from keras_bn.argument_checks import checked_momentum
 from keras_bn.argument_checks import checked_virtual_batch_size
 from keras_bn.argument_checks import fraction
 from keras_bn.argument_checks import not_negative
 from keras_bn.argument_checks import refuse_axis_of_samples
-from keras_bn.argument_checks import refuse_reserved
 from keras_bn.channel_axes import merge_channel_axes
 from keras_bn.channel_axes import merge_mask_axes
 from keras_bn.channel_axes import split_channel_axes
@@ -82,14 +82,19 @@ class BatchNormalization(keras.layers.Layer):
         renorm_momentum: Float in `[0, 1]`, the momentum of the statistics
             that the correction uses.
         synchronized: Whether the moments are those of the batch over all
-            replicas. TensorFlow only; without a running `tf.distribute`
-            strategy it changes nothing.
-        axis_name: Reserved; only None for now.
+            replicas: of a `tf.distribute` strategy, of `shard_map` or `pmap`,
+            of `torch.distributed`. Without any it changes nothing. Replicas
+            that are not synchronized still share their moving statistics.
+        axis_name: JAX only: the name of the axis of `shard_map` or `pmap`
+            that the batch is split along, or a tuple of names. None: the only
+            manual axis there is.
         virtual_batch_size: Int of at least 1, or None. In training, so many
             samples at a time are normalized on their own, the last ones being
             fewer, and enter the moving statistics in turn (ghost batches:
             Hoffer et al., 2017, arXiv 1705.08741). The first axis of the
-            inputs is that of samples. Not with `renorm` or `synchronized`.
+            inputs is that of samples. Not with `renorm`. Each replica has
+            ghost batches of its own; `synchronized` takes all of them in, in
+            the order of replicas.
         unbiased_variance: Whether the moving variance takes in the variance
             divided by N - 1, as PyTorch and TensorFlow 1's fused layer do.
             The batch is normalized with the one divided by N regardless.
@@ -143,7 +148,7 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        refuse_reserved(axis_name)
+        self.axis_name = checked_axis_name(axis_name)
         self.axis = checked_axis(axis)
         self.momentum = checked_momentum(momentum, debias)
         self.debias = debias
@@ -168,15 +173,9 @@ class BatchNormalization(keras.layers.Layer):
             renorm_clipping = checked_clipping(renorm_clipping or {})
         self.renorm_clipping = renorm_clipping
         self.renorm_momentum = fraction("renorm_momentum", renorm_momentum)
-        if synchronized and keras.backend.backend() != "tensorflow":
-            raise ValueError(
-                "Argument synchronized=True is only supported with the "
-                "TensorFlow backend. Received: synchronized=True with the "
-                f"backend {keras.backend.backend()!r}."
-            )
         self.synchronized = synchronized
         self.virtual_batch_size = checked_virtual_batch_size(
-            virtual_batch_size, renorm, synchronized
+            virtual_batch_size, renorm
         )
         self.supports_masking = True
 
@@ -294,6 +293,9 @@ class BatchNormalization(keras.layers.Layer):
             )
             return ops.cast(outputs, self.compute_dtype)
 
+        replicas = kernels.find_replicas(
+            self.axis_name, self.synchronized, self.moving_mean.value
+        )
         if self.virtual_batch_size is not None:
             outputs, mean, variance, count = kernels.normalize_ghost_batches(
                 inputs,
@@ -305,15 +307,16 @@ class BatchNormalization(keras.layers.Layer):
                 mask=mask,
             )
         else:
-            batch = {
-                "axis": axis,
-                "mask": mask,
-                "synchronized": self.synchronized,
-            }
+            batch = {"axis": axis, "mask": mask}
+            if self.synchronized:
+                # The moments are those of all, who need not agree afterwards.
+                batch["replicas"], replicas = replicas, None
             moments = None
             if self.renorm:
                 moments = kernels.batch_moments(inputs, **batch)
-                gamma, beta = self._renormalize(gamma, beta, *moments)
+                gamma, beta = self._renormalize(
+                    gamma, beta, *moments, replicas
+                )
             outputs, mean, variance, count = kernels.normalize_batch(
                 inputs,
                 gamma,
@@ -325,17 +328,18 @@ class BatchNormalization(keras.layers.Layer):
         if not self.renorm:
             if self.unbiased_variance:
                 variance = unbiased(variance, count)
-            self._take_in(
-                count,
-                (self.moving_mean, mean),
-                (self.moving_variance, variance),
-            )
+            updates = [
+                (self._average, self.moving_mean, mean),
+                (self._average, self.moving_variance, variance),
+            ]
+            self._take_in(updates, count, replicas)
         return ops.cast(outputs, self.compute_dtype)
 
-    def _take_in(self, count, *moments):
-        take_in(self._average, self.num_batches_tracked, count, moments)
+    def _take_in(self, updates, count, replicas):
+        batches = self.num_batches_tracked
+        return take_in(updates, count, batches, replicas, self.synchronized)
 
-    def _renormalize(self, gamma, beta, mean, variance, count):
+    def _renormalize(self, gamma, beta, mean, variance, count, replicas):
         """Takes the moments in; the scale and offset to normalize with.
 
         The correction is taken against the statistics before this batch.
@@ -354,14 +358,18 @@ class BatchNormalization(keras.layers.Layer):
             self.renorm_clipping,
         )
         average = ExponentialMovingAverage(self.renorm_momentum)
-        average.update(self.renorm_mean, mean, count)
-        average.update(self.renorm_stddev, stddev, count)
+        updates = [
+            (average, self.renorm_mean, mean),
+            (average, self.renorm_stddev, stddev),
+        ]
         if self.unbiased_variance:
             variance = unbiased(variance, count)
             stddev = ops.sqrt(variance + self.epsilon)
-        self._take_in(
-            count, (self.moving_mean, mean), (self.moving_stddev, stddev)
-        )
+        updates += [
+            (self._average, self.moving_mean, mean),
+            (self._average, self.moving_stddev, stddev),
+        ]
+        count = self._take_in(updates, count, replicas)
         # The paper averages the standard deviation; the moving variance is
         # derived from it.
         moving_stddev = as_vector(self.moving_stddev, mean.dtype)
@@ -386,7 +394,12 @@ class BatchNormalization(keras.layers.Layer):
             synchronized=self.synchronized,
         )
         # Keras's layer is built from a config that has none of these.
-        for name in ("virtual_batch_size", "unbiased_variance", "debias"):
+        for name in (
+            "axis_name",
+            "virtual_batch_size",
+            "unbiased_variance",
+            "debias",
+        ):
             if getattr(self, name):
                 config[name] = getattr(self, name)
         for weight in ("beta", "gamma", "moving_mean", "moving_variance"):

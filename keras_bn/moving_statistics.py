@@ -6,6 +6,9 @@ no moments to give and leaves the average as it is.
 
 Moments are vectors of shape `(channels,)`. A variable may have another shape
 of as many elements.
+
+Replicas that share out a batch go on with the same statistics: `take_in` sees
+to it, also where each normalizes with the moments of its own share.
 """
 
 import math
@@ -14,49 +17,45 @@ from keras import ops
 
 
 class _MovingAverage:
-    def update_in_turn(self, variable, values, counts, batches=None):
+    def updated_in_turn(self, past, values, counted, batches=None, several=1):
         """Takes several batches in, one after the other.
 
         Args:
-            variable: As for `update`.
-            values: Tensor of shape `(several, channels)`.
-            counts: Tensor of shape `(several, 1)` or `(several, channels)`.
-            batches: As for `update`, these batches among them.
+            past: As for `updated`.
+            values: Tensor of shape `(rows, channels)`, of a batch each.
+            counted: Boolean tensor of that shape, which of them count.
+            batches: How many batches each channel has seen, `(channels,)`,
+                before these; for averages that count them.
+            several: How many batches a row stands for, whose average it is:
+                an int, or a tensor of the shape of `values`.
         """
-        counted = ops.broadcast_to(counts > 0, ops.shape(values))
         if self.counts_batches:
-            so_far = ops.cumsum(ops.cast(counted, values.dtype), axis=0)
-            before = as_vector(batches, values.dtype) - so_far[-1]
-            batches = ops.maximum(before + so_far, 1.0)
-        past, new = self.weights(batches)
+            more = ops.cast(ops.where(counted, several, 0), values.dtype)
+            so_far = batches + ops.cumsum(more, axis=0)
+            batches = ops.maximum(so_far, 1.0)
+        kept, new = self.weights(batches, several)
         # How much is kept of what was there before each batch, and at the end
         # of what each batch brings.
-        kept = ops.where(counted, past, 1.0)
-        kept = ops.cast(kept, values.dtype)
+        kept = ops.cast(ops.where(counted, kept, 1.0), values.dtype)
         to_the_end = ops.flip(ops.cumprod(ops.flip(kept, 0), axis=0), 0)
         after = ops.concatenate([to_the_end[1:], ops.ones_like(kept[:1])], 0)
         brought = ops.where(counted, values * new * after, 0.0)
-        moving = as_vector(variable, values.dtype) * to_the_end[0]
-        moving = moving + ops.sum(ops.cast(brought, values.dtype), 0)
-        assign_where_counted(variable, moving, ops.max(counts, 0))
+        brought = ops.sum(ops.cast(brought, values.dtype), 0)
+        return past * to_the_end[0] + brought
 
-    def update(self, variable, value, count, batches=None):
-        """Takes one batch into the average that `variable` holds.
+    def updated(self, past, value, batches=None):
+        """The average with one more batch.
 
         Args:
-            variable: `keras.Variable`, one value for each channel.
-            value: Tensor of shape `(channels,)`, the batch's moment.
-            count: How many positions the moment was taken over: a number, or
-                a tensor of shape `()` or `(channels,)`.
-            batches: Integer `keras.Variable`, how many batches each channel
-                has seen, this one among them; for averages that count them.
+            past: Tensor of shape `(channels,)`, the average so far.
+            value: Tensor of that shape, the batch's moment.
+            batches: How many batches each channel has seen, `(channels,)`,
+                before this one; for averages that count them.
         """
         if self.counts_batches:
-            # 0 where no batch counted yet, nor does this one.
-            batches = ops.maximum(as_vector(batches, value.dtype), 1.0)
-        past, new = self.weights(batches)
-        moving = as_vector(variable, value.dtype) * past + value * new
-        assign_where_counted(variable, moving, count)
+            batches = batches + 1.0
+        kept, new = self.weights(batches)
+        return past * kept + value * new
 
 
 class ExponentialMovingAverage(_MovingAverage):
@@ -71,9 +70,24 @@ class ExponentialMovingAverage(_MovingAverage):
     def __init__(self, momentum):
         self.momentum = momentum
 
-    def weights(self, batches):
-        """The weights of the past and of the new value; they add up to 1."""
-        return self.momentum, 1.0 - self.momentum
+    def weights(self, batches, several=1):
+        """The weights of the past and of the new value; they add up to 1.
+
+        Args:
+            batches: How many batches there are with the new ones, a tensor;
+                None where `counts_batches` is False.
+            several: How many batches the new value is the average of: an int,
+                or an integer tensor.
+        """
+        if isinstance(several, int):
+            kept = self.momentum**several
+        else:
+            kept = ops.power(self.momentum, several)
+        return kept, 1.0 - kept
+
+    def average_of(self, values, counted):
+        """What the batches of rows weigh together, without a past."""
+        return DebiasedMovingAverage(self.momentum).average_of(values, counted)
 
 
 class DebiasedMovingAverage(_MovingAverage):
@@ -93,19 +107,25 @@ class DebiasedMovingAverage(_MovingAverage):
     def __init__(self, momentum):
         self.momentum = momentum
 
-    def weights(self, batches):
-        """As above, after `batches` batches with the new one, a tensor."""
+    def weights(self, batches, several=1):
+        """As above."""
         if self.momentum == 1.0:
-            return CumulativeAverage().weights(batches)
+            return CumulativeAverage().weights(batches, several)
         if self.momentum == 0.0:
             return 0.0, 1.0
         # expm1 keeps the digits where the momentum is close to 1, and the
         # same operation above and below makes the first weight 1 exactly.
         log_momentum = math.log(self.momentum)
-        new = ops.expm1(ops.full_like(batches, log_momentum)) / ops.expm1(
+        several = several * ops.ones_like(batches)
+        new = ops.expm1(several * log_momentum) / ops.expm1(
             batches * log_momentum
         )
         return 1.0 - new, new
+
+    def average_of(self, values, counted):
+        """As above."""
+        zeros = ops.zeros_like(values[0])
+        return self.updated_in_turn(zeros, values, counted, zeros)
 
 
 class CumulativeAverage(_MovingAverage):
@@ -113,10 +133,12 @@ class CumulativeAverage(_MovingAverage):
 
     counts_batches = True
 
-    def weights(self, batches):
-        """As above, after `batches` batches with the new one, a tensor."""
-        new = 1.0 / batches
+    def weights(self, batches, several=1):
+        """As above."""
+        new = several / batches
         return 1.0 - new, new
+
+    average_of = DebiasedMovingAverage.average_of
 
 
 def moving_average(momentum, debias):
@@ -128,28 +150,79 @@ def moving_average(momentum, debias):
     return ExponentialMovingAverage(momentum)
 
 
-def take_in(average, batches, count, moments):
+def take_in(updates, count, batches=None, replicas=None, merged=False):
     """Updates moving statistics by one batch, or by several in turn.
 
     Args:
-        average: What weighs the past and the new values.
+        updates: List of `(average, variable, value)`: what weighs the past and
+            the new, the `keras.Variable` that holds the average, and the
+            moment that goes into it, `(channels,)`, or `(rows, channels)` for
+            several batches.
+        count: How many positions the moments were taken over: an int, or a
+            tensor of shape `()` or `(channels,)`; for several batches
+            `(rows, 1)` or `(rows, channels)`.
         batches: Integer `keras.Variable`, how many batches each channel has
-            seen; None where the average does not count them.
-        count: As for `update`, or for `update_in_turn`.
-        moments: Pairs of a variable and the moment that goes into it, of shape
-            `(channels,)`, or `(several, channels)`.
+            seen; for averages that count them.
+        replicas: None, or those that go on with the same statistics.
+        merged: Whether the batches of all replicas are to be taken in one
+            after the other. Else, after each took in its own, the mean of all
+            holds, weighted by the count of positions.
+
+    Returns:
+        The count of all positions that entered, an int or a tensor.
     """
-    in_turn = len(moments[0][1].shape) == 2
-    if average.counts_batches:
-        seen = ops.reshape(batches.value, (-1,))
-        if in_turn:
-            more = ops.sum(ops.cast(count > 0, seen.dtype), 0)
-            assign_where_counted(batches, seen + more, ops.max(count, 0))
-        else:
-            assign_where_counted(batches, seen + ops.ones_like(seen), count)
-    update = average.update_in_turn if in_turn else average.update
-    for variable, value in moments:
-        update(variable, value, count, batches)
+    averages, variables, values = zip(*updates)
+    dtype = values[0].dtype
+    pasts = [as_vector(variable, dtype) for variable in variables]
+    seen = None if batches is None else as_vector(batches, dtype)
+    if len(values[0].shape) == 1:
+        more = 1
+        news = [
+            average.updated(past, value, seen)
+            for average, past, value in zip(averages, pasts, values)
+        ]
+    else:
+        several = 1
+        counted = ops.broadcast_to(count > 0, ops.shape(values[0]))
+        if replicas is not None and merged:
+            # A row for each replica: how many batches, and their average.
+            several = ops.sum(ops.cast(counted, dtype), 0)
+            rows = [a.average_of(v, counted) for a, v in zip(averages, values)]
+            several, *values = _gathered(replicas, [several, *rows])
+            count, counted = several, several > 0
+        count = ops.sum(count, 0)
+        more = ops.sum(ops.where(counted, several, 0), 0)
+        news = [
+            average.updated_in_turn(past, value, counted, seen, several)
+            for average, past, value in zip(averages, pasts, values)
+        ]
+    if replicas is not None and not merged:
+        news, more, count = _agreed(replicas, pasts, news, more, count)
+    for variable, new in zip(variables, news):
+        assign_where_counted(variable, new, count)
+    if batches is not None:
+        so_far = ops.reshape(batches.value, (-1,))
+        so_far = so_far + ops.cast(more, so_far.dtype)
+        assign_where_counted(batches, so_far, count)
+    return count
+
+
+def _agreed(replicas, pasts, news, more, count):
+    """The mean of what the replicas came to, weighted by their counts."""
+    shape, dtype = ops.shape(pasts[0]), pasts[0].dtype
+    row = [ops.broadcast_to(ops.cast(x, dtype), shape) for x in (count, more)]
+    row += [new - past for past, new in zip(pasts, news)]
+    counts, mores, *steps = _gathered(replicas, row)
+    count = ops.sum(counts, 0)
+    share = counts / ops.maximum(count, 1.0)
+    news = [past + ops.sum(share * s, 0) for past, s in zip(pasts, steps)]
+    return news, ops.max(mores, 0), count
+
+
+def _gathered(replicas, vectors):
+    """Tensors `(replicas, channels)` from vectors, by one collective."""
+    table = replicas.gather(ops.concatenate(vectors))
+    return ops.split(table, len(vectors), axis=1)
 
 
 def unbiased(variance, count):

@@ -1,10 +1,18 @@
 """The kernels of the backend Keras runs on, picked once at import.
 
-Four pure functions of tensors, the same on every backend; `reference.py` is
+Five pure functions of tensors, the same on every backend; `reference.py` is
 their definition. Moments are float32, or float64 for float64 inputs, whatever
 the inputs' dtype; outputs have the inputs' dtype.
 
-`batch_moments(inputs, *, axis, mask=None, synchronized=False)`
+`find_replicas(axis_name, synchronized, state)`
+    The replicas of the caller that share out a batch, or None: those of
+    `tf.distribute`, of `shard_map` or `pmap` along `axis_name`, of
+    `torch.distributed`. Where nothing is `synchronized` they are found only if
+    all of them are sure to run the same layers. Their `gather(row)` gives the
+    rows of all, `(replicas, n)`, from each one's `(n,)`, by one collective.
+    Arrays that JAX has split over devices are whole to the caller.
+
+`batch_moments(inputs, *, axis, mask=None, replicas=None)`
     `(mean, variance, count)`: `mean` and the biased `variance` of shape
     `(channels,)`; `count`, how many positions entered: an int where the shape
     says it, else a scalar or, under a mask, of shape `(channels,)`. A channel
@@ -12,12 +20,13 @@ the inputs' dtype; outputs have the inputs' dtype.
     through the result.
 
 `normalize_batch(inputs, gamma, beta, *, axis, epsilon, mask=None,
-moments=None, synchronized=False)`
+moments=None, replicas=None)`
     `(outputs, mean, variance, count)`. The gradient of `outputs` goes to
     `inputs` (through the moments too), `gamma` and `beta`; none is asked for
     the other three, but JAX has that of the moments, which its users get back
     as new state. `moments` hands in the result of `batch_moments` for these
-    inputs and this mask, where the caller needed it beforehand.
+    inputs, this mask and these replicas, where the caller needed it
+    beforehand. With `replicas` the backward pass has one collective too.
 
 `normalize_ghost_batches(inputs, gamma, beta, *, axis, epsilon, size,
 mask=None)`
@@ -42,16 +51,19 @@ if keras.backend.backend() == "tensorflow":
     from keras_bn.kernels.tensorflow import normalize_batch
     from keras_bn.kernels.tensorflow import normalize_ghost_batches
     from keras_bn.kernels.tensorflow import normalize_with
+    from keras_bn.kernels.tensorflow.replicas import find_replicas
 elif keras.backend.backend() == "jax":
     from keras_bn.kernels.jax import batch_moments
     from keras_bn.kernels.jax import normalize_batch
     from keras_bn.kernels.jax import normalize_ghost_batches
     from keras_bn.kernels.jax import normalize_with
+    from keras_bn.kernels.jax.replicas import find_replicas
 elif keras.backend.backend() == "torch":
     from keras_bn.kernels.torch import batch_moments
     from keras_bn.kernels.torch import normalize_batch
     from keras_bn.kernels.torch import normalize_ghost_batches
     from keras_bn.kernels.torch import normalize_with
+    from keras_bn.kernels.torch.replicas import find_replicas
 else:
     raise ImportError(
         "keras_bn runs on the Keras backends tensorflow, jax and torch. "
@@ -61,6 +73,7 @@ else:
 
 __all__ = [
     "batch_moments",
+    "find_replicas",
     "normalize_batch",
     "normalize_ghost_batches",
     "normalize_with",

@@ -8,11 +8,14 @@ from keras_bn.kernels.jax.gradients import as_moments_of
 from keras_bn.kernels.jax.gradients import normalize_with_moments
 from keras_bn.kernels.jax.moments import count_positions
 from keras_bn.kernels.jax.moments import moments_of
+from keras_bn.kernels.jax.replicas import data_parallel_mesh
+from keras_bn.kernels.jax.replicas import merge
+from keras_bn.kernels.jax.replicas import on_shards
 from keras_bn.kernels.jax.views import along
 from keras_bn.kernels.jax.views import scale_factor
 
 
-def batch_moments(inputs, *, axis, mask=None, synchronized=False):
+def batch_moments(inputs, *, axis, mask=None, replicas=None):
     """Mean, biased variance and count of each channel.
 
     Args:
@@ -20,18 +23,33 @@ def batch_moments(inputs, *, axis, mask=None, synchronized=False):
         axis: the channels' dimension, in `[0, rank)`.
         mask: None or boolean, of the rank of `inputs` and broadcastable to
             it; positions that are False do not count.
-        synchronized: not supported.
+        replicas: None or from `find_replicas`: those whose positions count
+            too.
 
     Returns:
         `(mean, variance, count)`, float32, or float64 for float64 inputs;
         `mean` and `variance` of shape `(channels,)`, `count` an int, or of
         shape `(channels,)` under a mask. No gradient flows through them.
     """
-    _refuse_synchronized(synchronized)
+
+    def moments(replicas, inputs, mask):
+        count = count_positions(inputs, mask, axis)
+        mean, variance = moments_of(inputs, count, mask, axis)
+        if replicas is None:
+            return mean, variance, count
+        return merge(replicas, mean, variance, count)
+
+    def arrays(*shards):
+        return tuple(map(jnp.asarray, moments(*shards)))
+
     inputs = lax.stop_gradient(inputs)
-    count = count_positions(inputs, mask, axis)
-    mean, variance = moments_of(inputs, count, mask, axis)
-    return mean, variance, count
+    mesh = None if replicas else data_parallel_mesh(inputs, axis)
+    if mesh is None:
+        return moments(replicas, inputs, mask)
+    mean, variance, count = on_shards(
+        mesh, arrays, inputs, mask, returns_inputs=False
+    )
+    return mean, variance, _count(inputs, mask, axis, count)
 
 
 def normalize_batch(
@@ -43,17 +61,17 @@ def normalize_batch(
     epsilon,
     mask=None,
     moments=None,
-    synchronized=False,
+    replicas=None,
 ):
     """Normalizes each channel with the moments of this batch.
 
     Args:
         inputs: floating tensor of any rank from 2.
         gamma, beta: None or of shape `(channels,)`.
-        axis, mask, synchronized: as in `batch_moments`.
+        axis, mask, replicas: as in `batch_moments`.
         epsilon: added to the variance.
-        moments: None, or what `batch_moments` returned for these inputs and
-            this mask.
+        moments: None, or what `batch_moments` returned for these inputs, this
+            mask and these replicas.
 
     Returns:
         `(outputs, mean, variance, count)`: `outputs` like `inputs`, the rest
@@ -61,9 +79,38 @@ def normalize_batch(
         `beta` and, through the moments too, to `inputs`; from `mean` and
         `variance`, which JAX users get back as the new state, to `inputs`.
     """
-    _refuse_synchronized(synchronized)
+
+    def normalize(replicas, inputs, mask, gamma, beta, moments):
+        return _normalize_batch(
+            inputs, gamma, beta, axis, epsilon, mask, moments, replicas
+        )
+
+    def arrays(*shards):
+        return tuple(map(jnp.asarray, normalize(*shards)))
+
+    mesh = None if replicas else data_parallel_mesh(inputs, axis)
+    if mesh is None:
+        return normalize(replicas, inputs, mask, gamma, beta, moments)
+    outputs, mean, variance, count = on_shards(
+        mesh, arrays, inputs, mask, gamma, beta, moments
+    )
+    return outputs, mean, variance, _count(inputs, mask, axis, count)
+
+
+def _count(inputs, mask, axis, count):
+    """An int where the shape says it; `shard_map` returns arrays only."""
+    return count_positions(inputs, None, axis) if mask is None else count
+
+
+def _normalize_batch(
+    inputs, gamma, beta, axis, epsilon, mask, moments, replicas
+):
+    if replicas:
+        inputs = replicas.varying(inputs)
     if moments is None:
-        moments = batch_moments(inputs, axis=axis, mask=mask)
+        moments = batch_moments(
+            inputs, axis=axis, mask=mask, replicas=replicas
+        )
     mean, variance = map(lax.stop_gradient, moments[:2])
     count = moments[2]
     # Inside `shard_map` devices share parameters, but not their gradients:
@@ -82,9 +129,16 @@ def normalize_batch(
         mask,
         axis,
         epsilon,
+        replicas,
     )
     mean, variance = as_moments_of(
-        inputs, mean, variance, jnp.asarray(count, mean.dtype), mask, axis
+        inputs,
+        mean,
+        variance,
+        jnp.asarray(count, mean.dtype),
+        mask,
+        axis,
+        replicas,
     )
     return outputs, mean, variance, count
 
@@ -128,8 +182,8 @@ def normalize_ghost_batches(
     """
 
     def normalize(inputs, mask):
-        outputs, mean, variance, count = normalize_batch(
-            inputs, gamma, beta, axis=axis, epsilon=epsilon, mask=mask
+        outputs, mean, variance, count = _normalize_batch(
+            inputs, gamma, beta, axis, epsilon, mask, None, None
         )
         count = jnp.asarray(count, mean.dtype)
         return outputs, mean, variance, jnp.broadcast_to(count, mean.shape)
@@ -159,11 +213,3 @@ def normalize_ghost_batches(
     if len(results) == 1:
         return results[0]
     return tuple(map(jnp.concatenate, zip(*results)))
-
-
-def _refuse_synchronized(synchronized):
-    if synchronized:
-        raise ValueError(
-            "The JAX kernels do not support synchronized moments. "
-            f"Received: synchronized={synchronized}"
-        )

@@ -15,31 +15,45 @@ from keras_bn.kernels.jax.views import deviation_from
 from keras_bn.kernels.jax.views import normalized
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def normalize_with_moments(
-    inputs, gamma, beta, mean, variance, count, mask, axis, epsilon
+    inputs, gamma, beta, mean, variance, count, mask, axis, epsilon, replicas
 ):
-    """Normalizes `inputs` with their own moments, taken beforehand."""
+    """Normalizes `inputs` with their own moments, taken beforehand.
+
+    With `replicas` they are the moments of all replicas' inputs.
+    """
     return normalized(inputs, mean, variance, gamma, beta, axis, epsilon)
 
 
 def _normalize_forward(
-    inputs, gamma, beta, mean, variance, count, mask, axis, epsilon
+    inputs, gamma, beta, mean, variance, count, mask, axis, epsilon, replicas
 ):
-    mean, variance = as_moments_of(inputs, mean, variance, count, mask, axis)
+    mean, variance = as_moments_of(
+        inputs, mean, variance, count, mask, axis, replicas
+    )
     outputs = normalized(inputs, mean, variance, gamma, beta, axis, epsilon)
     inverse = lax.rsqrt(variance + epsilon)
-    beta_like = None if beta is None else beta[:0]
-    residuals = inputs, gamma, beta_like, mean, inverse, count, mask
+    residuals = inputs, gamma, beta, mean, inverse, count, mask
     return outputs, residuals
 
 
-def _normalize_backward(axis, epsilon, residuals, output_gradient):
-    inputs, gamma, beta_like, mean, inverse, count, mask = residuals
-    gradient_sum, projection = _gradient_sums(
-        output_gradient, inputs, mean, mask, axis
-    )
-    projection = projection * inverse
+def _normalize_backward(axis, epsilon, replicas, residuals, output_gradient):
+    inputs, gamma, beta, mean, inverse, count, mask = residuals
+    center = replicas.varying(mean) if replicas else mean
+    sums = own = _gradient_sums(output_gradient, inputs, center, mask, axis)
+    if replicas:
+        sums = replicas.total(jnp.stack(own))
+
+    def gradient_of(vector, which):
+        """A parameter's: of this replica, unless JAX wants that of all."""
+        if vector is None:
+            return None
+        of_all = replicas and replicas.is_shared(vector)
+        gradient = (sums if of_all else own)[which]
+        return (gradient * inverse if which else gradient).astype(vector.dtype)
+
+    gradient_sum, projection = sums[0], sums[1] * inverse
     divisor = jnp.maximum(count, 1)
     factor = inverse if gamma is None else gamma * inverse
     constant = gradient_sum / divisor
@@ -55,8 +69,8 @@ def _normalize_backward(axis, epsilon, residuals, output_gradient):
     ) * along(axis, factor, inputs.ndim)
     return (
         input_gradient.astype(inputs.dtype),
-        None if gamma is None else projection.astype(gamma.dtype),
-        None if beta_like is None else gradient_sum.astype(beta_like.dtype),
+        gradient_of(gamma, 1),
+        gradient_of(beta, 0),
         None,
         None,
         None,
@@ -105,8 +119,8 @@ def _gradient_sums_backward(axis, residuals, cotangents):
 _gradient_sums.defvjp(_gradient_sums_forward, _gradient_sums_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def as_moments_of(inputs, mean, variance, count, mask, axis):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def as_moments_of(inputs, mean, variance, count, mask, axis, replicas):
     """`mean` and `variance`, with the derivatives of the inputs' moments.
 
     Only derivatives of the backward pass come through here.
@@ -114,13 +128,19 @@ def as_moments_of(inputs, mean, variance, count, mask, axis):
     return mean, variance
 
 
-def _as_moments_of_forward(inputs, mean, variance, count, mask, axis):
-    moments = as_moments_of(inputs, mean, variance, count, mask, axis)
+def _as_moments_of_forward(
+    inputs, mean, variance, count, mask, axis, replicas
+):
+    moments = as_moments_of(
+        inputs, mean, variance, count, mask, axis, replicas
+    )
     return moments, (inputs, moments[0], count, mask)
 
 
-def _as_moments_of_backward(axis, residuals, cotangents):
+def _as_moments_of_backward(axis, replicas, residuals, cotangents):
     inputs, mean, count, mask = residuals
+    if replicas:
+        cotangents = map(replicas.total_of_parts, cotangents)
     divisor = jnp.maximum(count, 1)
     of_mean, of_variance = (
         along(axis, c / divisor, inputs.ndim) for c in cotangents

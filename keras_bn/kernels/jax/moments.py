@@ -60,7 +60,10 @@ def moments_of(inputs, count, mask, axis):
     if inputs.size == 0:
         zeros = jnp.zeros((inputs.shape[axis],), moments_dtype(inputs))
         return zeros, zeros
-    divisor = jnp.maximum(count, 1)
+    # An int is no constant of the branches below: inside `shard_map` one that
+    # all devices share cannot be mapped over.
+    known = isinstance(count, int)
+    divisor = max(count, 1) if known else jnp.maximum(count, 1)
 
     def around(shift):
         deviation = deviation_from(inputs, shift, axis)

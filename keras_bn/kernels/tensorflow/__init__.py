@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_bn.kernels.tensorflow import fused
 from keras_bn.kernels.tensorflow import ghost_batches
 from keras_bn.kernels.tensorflow import plain
+from keras_bn.kernels.tensorflow.replicas import merge
 from keras_bn.kernels.tensorflow.views import along
 from keras_bn.kernels.tensorflow.views import has_gpu
 from keras_bn.kernels.tensorflow.views import has_tangents
@@ -20,9 +21,9 @@ from keras_bn.kernels.tensorflow.views import moments_type
 from keras_bn.kernels.tensorflow.views import positions
 
 
-def batch_moments(inputs, *, axis, mask=None, synchronized=False):
+def batch_moments(inputs, *, axis, mask=None, replicas=None):
     """Mean, biased variance and count of each channel. See the package."""
-    return _moments(tf.stop_gradient(inputs), axis, mask, synchronized)
+    return _moments(tf.stop_gradient(inputs), axis, mask, replicas)
 
 
 def normalize_batch(
@@ -34,25 +35,25 @@ def normalize_batch(
     epsilon,
     mask=None,
     moments=None,
-    synchronized=False,
+    replicas=None,
 ):
     """Normalizes with the moments of the batch. See the package."""
     gamma, beta = _defaults(inputs, gamma, beta, axis)
     if has_tangents(inputs, gamma, beta):
-        moments = _moments(inputs, axis, mask, synchronized)
+        moments = _moments(inputs, axis, mask, replicas)
         outputs = plain.normalize_with(
             inputs, *moments[:2], gamma, beta, axis=axis, epsilon=epsilon
         )
         return outputs, *moments
-    own = mask is None and moments is None and not synchronized
+    own = mask is None and moments is None and replicas is None
     if own and not _needs_plain_ops(inputs):
         return fused.normalize(inputs, gamma, beta, axis, epsilon)
     if moments is None:
         moments = batch_moments(
-            inputs, axis=axis, mask=mask, synchronized=synchronized
+            inputs, axis=axis, mask=mask, replicas=replicas
         )
     outputs = _normalize_composed(
-        inputs, gamma, beta, moments, mask, axis, epsilon, synchronized
+        inputs, gamma, beta, moments, mask, axis, epsilon, replicas
     )
     return outputs, *moments
 
@@ -80,14 +81,14 @@ def normalize_ghost_batches(
     )
 
 
-def _moments(inputs, axis, mask, synchronized):
+def _moments(inputs, axis, mask, replicas):
     if mask is not None:
         moments = _masked_moments(inputs, mask, axis)
     elif _needs_plain_ops(inputs):
         moments = plain.moments(inputs, axis)
     else:
         moments = fused.moments(inputs, axis)
-    return _merge_replicas(*moments) if synchronized else moments
+    return merge(replicas, *moments) if replicas else moments
 
 
 def _needs_plain_ops(inputs):
@@ -142,27 +143,19 @@ def _masked_moments(inputs, mask, axis):
 
 def _moments_of_moved(inputs, axis):
     if _needs_plain_ops(inputs) or is_small(inputs):
-        mean, variance, _ = _moments(inputs, axis, None, False)
+        mean, variance, _ = _moments(inputs, axis, None, None)
         return mean, variance
     return fused.grouped_moments(inputs, axis)
 
 
 def _normalize_composed(
-    inputs, gamma, beta, moments, mask, axis, epsilon, synchronized
+    inputs, gamma, beta, moments, mask, axis, epsilon, replicas
 ):
     """Normalizes with moments of these inputs; the gradient is in plain ops.
 
     Only the inputs and the mask are kept for it.
     """
-    reduced = [i for i in range(inputs.shape.rank) if i != axis]
     mean, variance, count = moments
-
-    def total(x):
-        x = tf.reduce_sum(x, reduced)
-        context = _replica_context() if synchronized else None
-        if context is None:
-            return x
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, x)
 
     @tf.custom_gradient
     def normalize(inputs, gamma, beta):
@@ -181,44 +174,12 @@ def _normalize_composed(
                 axis=axis,
                 epsilon=epsilon,
                 mask=mask,
-                total=total,
+                replicas=replicas,
             )
 
         return outputs, gradient
 
     return normalize(inputs, gamma, beta)
-
-
-def _replica_context():
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return None
-    return context
-
-
-def _merge_replicas(mean, variance, count):
-    """Merges the replicas' moments exactly, with one collective.
-
-    Each replica fills one row of a table of counts, means and variances; the
-    sum over replicas is the whole table (Chan et al. for the merge).
-    """
-    context = _replica_context()
-    if context is None:
-        return mean, variance, count
-    replicas = context.num_replicas_in_sync
-    channels = mean.shape[0]
-    count = tf.broadcast_to(tf.cast(count, mean.dtype), [channels])
-    row = tf.concat([count, mean, variance], axis=0)
-    replica = tf.reshape(context.replica_id_in_sync_group, [1, 1])
-    table = tf.scatter_nd(replica, row[None], [replicas, 3 * channels])
-    table = context.all_reduce(tf.distribute.ReduceOp.SUM, table)
-    counts, means, variances = tf.split(table, 3, axis=1)
-    count = tf.reduce_sum(counts, 0)
-    share = counts / tf.maximum(count, 1.0)
-    mean = tf.reduce_sum(share * means, 0)
-    mean += tf.reduce_sum(share * (means - mean), 0)
-    variance = tf.reduce_sum(share * (variances + tf.square(means - mean)), 0)
-    return mean, variance, count
 
 
 def _defaults(inputs, gamma, beta, axis):

@@ -71,18 +71,20 @@ def gradients(
     axis,
     epsilon,
     mask=None,
-    total=None,
+    replicas=None,
 ):
     """Gradients of the inputs, gamma and beta, differentiable once more.
 
-    `total` sums over all positions, those of other replicas too.
+    With `replicas` the moments are those of all, and what comes through them
+    too; the gradients of gamma and beta are those of this one.
     """
     rank = inputs.shape.rank
     reduced = [i for i in range(rank) if i != axis]
-    if total is None:
 
-        def total(x):
-            return tf.reduce_sum(x, reduced)
+    def means(*sums):
+        if replicas is not None:
+            sums = tf.unstack(replicas.total(tf.stack(sums)))
+        return (s / divisor(count) for s in sums)
 
     dtype = moments_type(inputs.dtype)
 
@@ -95,8 +97,10 @@ def gradients(
             counted = deviation
             if mask is not None:
                 counted = tf.where(mask, deviation, 0.0)
-            rest = total(counted) / divisor(count)
-            square = total(tf.square(counted)) / divisor(count)
+            rest, square = means(
+                tf.reduce_sum(counted, reduced),
+                tf.reduce_sum(tf.square(counted), reduced),
+            )
             inverse = tf.math.rsqrt(square - tf.square(rest) + epsilon)
             deviation -= along(axis, rest, rank)
         normalized = deviation * along(axis, inverse, rank)
@@ -104,9 +108,9 @@ def gradients(
         weighted = tf.math.multiply_no_nan(normalized, dy)
         gamma_gradient = tf.reduce_sum(weighted, reduced)
         beta_gradient = tf.reduce_sum(dy, reduced)
-        through_mean = along(axis, total(dy) / divisor(count), rank)
-        slope = along(axis, total(weighted) / divisor(count), rank)
-        through_moments = through_mean + normalized * slope
+        through_mean, slope = means(beta_gradient, gamma_gradient)
+        through_moments = along(axis, through_mean, rank)
+        through_moments += normalized * along(axis, slope, rank)
         if mask is not None:
             through_moments = tf.where(mask, through_moments, 0.0)
         input_gradient = (dy - through_moments) * along(

@@ -29,6 +29,7 @@ from keras_bn.kernels.torch import native
 from keras_bn.kernels.torch import plain
 from keras_bn.kernels.torch.plain import at_least_one
 from keras_bn.kernels.torch.plain import moments_dtype
+from keras_bn.kernels.torch.replicas import merge
 from keras_bn.kernels.torch.views import blocks
 from keras_bn.kernels.torch.views import dense_order
 from keras_bn.kernels.torch.views import flatten
@@ -40,8 +41,11 @@ _FAR = 2.0**10
 
 
 @torch.no_grad()
-def batch_moments(inputs, *, axis, mask=None, synchronized=False):
+def batch_moments(inputs, *, axis, mask=None, replicas=None):
     """Mean and biased variance of each channel over the positions that count.
+
+    `replicas` are None or from `find_replicas`: those whose positions count
+    too.
 
     Returns:
         `(mean, variance, count)`: `mean` and `variance` of shape
@@ -49,8 +53,7 @@ def batch_moments(inputs, *, axis, mask=None, synchronized=False):
         `count` an int or, under a mask, `(channels,)` of their dtype.
         They carry no gradient.
     """
-    _refuse_synchronized(synchronized)
-    mean, variance, count, _ = _moments(inputs, axis, mask)
+    mean, variance, count, _ = _moments(inputs, axis, mask, replicas)
     return mean, variance, count
 
 
@@ -63,7 +66,7 @@ def normalize_batch(
     epsilon,
     mask=None,
     moments=None,
-    synchronized=False,
+    replicas=None,
 ):
     """Normalizes with the moments of the batch itself.
 
@@ -74,8 +77,13 @@ def normalize_batch(
         `(outputs, mean, variance, count)`: `outputs` like `inputs`, the rest
         as from `batch_moments`.
     """
-    _refuse_synchronized(synchronized)
     if _is_seen_through():
+        if replicas is not None:
+            raise NotImplementedError(
+                "Synchronized BatchNormalization is not for torch.func, "
+                "forward mode and tracers. Received: synchronized=True "
+                "inside of one. Call it with training=False there."
+            )
         mean, variance, count = plain.moments(inputs, axis, mask)
         outputs = plain.outputs(
             inputs, gamma, beta, mean, variance, axis, epsilon
@@ -83,12 +91,15 @@ def normalize_batch(
         return outputs, mean.detach(), variance.detach(), count
     with torch.no_grad():
         if moments is None:
-            mean, variance, count, far = _moments(inputs, axis, mask)
+            mean, variance, count, far = _moments(
+                inputs, axis, mask, replicas
+            )
         else:
             mean, variance, count = moments
             far = _is_far(mean, variance)
+    vectors = gamma, beta, mean, variance, count
     outputs = _Normalize.apply(
-        inputs, gamma, beta, mean, variance, count, mask, axis, epsilon, far
+        inputs, *vectors, mask, axis, epsilon, far, replicas
     )
     return outputs, mean, variance, count
 
@@ -102,9 +113,8 @@ def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
     if _is_seen_through():
         return plain.outputs(inputs, gamma, beta, mean, variance, axis, epsilon)
     far = _is_far(mean, variance)
-    return _Normalize.apply(
-        inputs, gamma, beta, mean, variance, None, None, axis, epsilon, far
-    )
+    vectors = gamma, beta, mean, variance, None
+    return _Normalize.apply(inputs, *vectors, None, axis, epsilon, far, None)
 
 
 def normalize_ghost_batches(
@@ -140,8 +150,9 @@ def normalize_ghost_batches(
 class _Normalize(torch.autograd.Function):
     """Normalizes with given moments.
 
-    With a `count` they are the moments of `inputs`, and the gradient goes
-    through them; without one they are constants.
+    With a `count` they are the moments of `inputs`, those of all replicas
+    where there are, and the gradient goes through them; without one they are
+    constants.
     """
 
     @staticmethod
@@ -157,9 +168,11 @@ class _Normalize(torch.autograd.Function):
         axis,
         epsilon,
         far,
+        replicas,
     ):
         ctx.save_for_backward(inputs, gamma, mean, variance, mask)
         ctx.count, ctx.axis, ctx.epsilon, ctx.far = count, axis, epsilon, far
+        ctx.replicas = replicas
         vectors = gamma, beta, mean, variance
         if not _is_eager_on_cpu(inputs):
             return plain.outputs(inputs, *vectors, axis, epsilon)
@@ -181,7 +194,13 @@ class _Normalize(torch.autograd.Function):
             or not inputs.numel()
         ):
             gradients = plain.gradients(
-                output_gradient, inputs, *vectors, mask, ctx.axis, ctx.epsilon
+                output_gradient,
+                inputs,
+                *vectors,
+                mask,
+                ctx.axis,
+                ctx.epsilon,
+                ctx.replicas,
             )
         else:
             order = dense_order(inputs)
@@ -190,7 +209,11 @@ class _Normalize(torch.autograd.Function):
             if mask is not None:
                 keep = flatten(mask.expand_as(inputs), ctx.axis, order)
                 dx, *rest = native.masked_gradients(
-                    dy, x, *vectors, keep, ctx.epsilon
+                    dy, x, *vectors, keep, ctx.epsilon, ctx.replicas
+                )
+            elif ctx.replicas is not None:
+                dx, *rest = native.synchronized_gradients(
+                    dy, x, *vectors, ctx.epsilon, ctx.far, ctx.replicas
                 )
             else:
                 dx, *rest = native.gradients(
@@ -285,8 +308,16 @@ def _has_native_parts(inputs):
     return order is None or order[0] == 0
 
 
-def _moments(inputs, axis, mask):
+def _moments(inputs, axis, mask, replicas):
     """`mean`, `variance`, `count`, and whether the data is far."""
+    moments = _own_moments(inputs, axis, mask)
+    if replicas is None:
+        return moments
+    mean, variance, count = merge(replicas, *moments[:3])
+    return mean, variance, count, _is_far(mean, variance)
+
+
+def _own_moments(inputs, axis, mask):
     if not _is_eager_on_cpu(inputs) or not inputs.numel():
         return *plain.moments(inputs, axis, mask), False
     order = dense_order(inputs)
@@ -340,11 +371,3 @@ def _is_seen_through():
         or torch.jit.is_tracing()
         or is_in_torch_dispatch_mode()
     )
-
-
-def _refuse_synchronized(synchronized):
-    if synchronized:
-        raise ValueError(
-            "synchronized=True is not supported on PyTorch yet. "
-            f"Received: synchronized={synchronized}"
-        )

@@ -132,12 +132,33 @@ def _adds_naively(x, dtype):
 
 
 def _grouped_gradients(
-    dy, x, gamma, mean, variance, count, epsilon, far, dx=None
+    dy, x, gamma, mean, variance, count, epsilon, far, into=None
 ):
     """The native gradients, with sums over groups of positions."""
+    sums = _gradient_sums(dy, x, mean, variance, epsilon)
+    vectors = gamma, mean, variance, count, epsilon
+    return _input_gradient(dy, x, *sums, *vectors, far, into), *sums
+
+
+def synchronized_gradients(
+    dy, x, gamma, mean, variance, count, epsilon, far, replicas
+):
+    """`(dx, gamma_gradient, beta_gradient)` where the moments are those of all
+    replicas; the latter two are those of this one."""
+    sums = _gradient_sums(dy, x, mean, variance, epsilon)
+    totals = replicas.total(torch.stack(sums)).unbind()
+    vectors = gamma, mean, variance, count, epsilon
+    return _input_gradient(dy, x, *totals, *vectors, far), *sums
+
+
+def _gradient_sums(dy, x, mean, variance, epsilon):
+    """The gradients of gamma and beta."""
     channels = x.shape[1]
+    parts = [(x, dy)]
+    if x.dim() == 2:
+        parts = zip(grouped_rows(x), grouped_rows(dy))
     products, plains = [], []
-    for rows, dy_rows in zip(grouped_rows(x), grouped_rows(dy)):
+    for rows, dy_rows in parts:
         groups = rows.shape[1] // channels
         _, product, plain = torch.ops.aten.native_batch_norm_backward(
             dy_rows,
@@ -155,29 +176,51 @@ def _grouped_gradients(
         plains.append(plain)
     gamma_gradient = torch.cat(products).view(-1, channels).sum(0)
     beta_gradient = torch.cat(plains).view(-1, channels).sum(0)
+    return gamma_gradient, beta_gradient
 
+
+def _input_gradient(
+    dy,
+    x,
+    gamma_gradient,
+    beta_gradient,
+    gamma,
+    mean,
+    variance,
+    count,
+    epsilon,
+    far,
+    into=None,
+):
+    """`dx = factor * dy + slope * (x - mean) + shift`."""
     inverse = (variance + epsilon).rsqrt_()
     factor = inverse if gamma is None else gamma * inverse
     if count is None:
-        dx = torch.mul(dy, factor, out=dx)
-        return dx, gamma_gradient, beta_gradient
-
-    # dx = factor * dy + slope * (x - mean) + shift
+        return torch.mul(dy, column(factor, x), out=into)
     share = factor / -count
     slope = share * inverse * gamma_gradient
     shift = share * beta_gradient
     if not far:
         shift.addcmul_(slope, mean, value=-1)
-    dx = torch.empty_like(x) if dx is None else dx
-    for block, dy_block, into in blocks(x, dy, dx):
+    factor, mean, slope, shift = (
+        column(vector, x) for vector in (factor, mean, slope, shift)
+    )
+    dx = torch.empty_like(x) if into is None else into
+    for block, dy_block, dx_block in blocks(x, dy, dx):
         if far:
             block = block - mean
-        torch.addcmul(shift, block, slope, out=into)
-        into.addcmul_(dy_block, factor)
-    return dx, gamma_gradient, beta_gradient
+        if dx.dtype == mean.dtype:
+            torch.addcmul(shift, block, slope, out=dx_block)
+            dx_block.addcmul_(dy_block, factor)
+        else:
+            of_block = torch.addcmul(shift, block, slope)
+            dx_block.copy_(of_block.addcmul_(dy_block, factor))
+    return dx
 
 
-def masked_gradients(dy, x, gamma, mean, variance, count, keep, epsilon):
+def masked_gradients(
+    dy, x, gamma, mean, variance, count, keep, epsilon, replicas
+):
     """Gradients where only the kept positions entered the moments."""
     mean = column(mean, x)
     inverse = column((variance + epsilon).rsqrt_(), x)
@@ -190,9 +233,10 @@ def masked_gradients(dy, x, gamma, mean, variance, count, keep, epsilon):
         beta_gradient = beta_gradient + dy_block.sum(
             reduced_axes(x), dtype=mean.dtype
         )
-    divisor = at_least_one(count)
-    slope = column(gamma_gradient / divisor, x)
-    shift = column(beta_gradient / divisor, x)
+    sums = torch.stack([gamma_gradient, beta_gradient])
+    if replicas is not None:
+        sums = replicas.total(sums)
+    slope, shift = (column(s, x) for s in sums / at_least_one(count))
     factor = column(scale_factor(gamma, variance, epsilon), x)
     dx = torch.empty_like(x)
     for dy_block, block, kept, into in blocks(dy, x, keep, dx):

@@ -9,7 +9,7 @@ import torch
 from keras_bn.kernels.torch.views import along
 
 
-def moments(inputs, axis, mask):
+def moments(inputs, axis, mask, replicas=None):
     """`(mean, variance, count)` of the positions that count."""
     dtype = moments_dtype(inputs.dtype)
     reduced = [i for i in range(inputs.dim()) if i != axis]
@@ -21,12 +21,21 @@ def moments(inputs, axis, mask):
     else:
         count = mask.expand_as(x).sum(reduced).to(dtype)
         x = torch.where(mask, x, 0.0)
+    total = torch.Tensor.sum
+    if replicas is not None:
+        count = replicas.total(
+            torch.as_tensor(count, dtype=dtype, device=x.device)
+        )
+
+        def total(x, reduced):
+            return replicas.total(x.sum(reduced))
+
     divisor = at_least_one(count)
-    mean = x.sum(reduced) / divisor
+    mean = total(x, reduced) / divisor
     deviation = x - along(axis, mean, x)
     if mask is not None:
         deviation = torch.where(mask, deviation, 0.0)
-    return mean, deviation.square().sum(reduced) / divisor, count
+    return mean, total(deviation.square(), reduced) / divisor, count
 
 
 def outputs(inputs, gamma, beta, mean, variance, axis, epsilon):
@@ -38,10 +47,25 @@ def outputs(inputs, gamma, beta, mean, variance, axis, epsilon):
     return outputs.to(inputs.dtype)
 
 
-def gradients(dy, inputs, gamma, mean, variance, count, mask, axis, epsilon):
-    """Of inputs, gamma and beta; through the moments where there is a count."""
+def gradients(
+    dy,
+    inputs,
+    gamma,
+    mean,
+    variance,
+    count,
+    mask,
+    axis,
+    epsilon,
+    replicas=None,
+):
+    """Of inputs, gamma and beta; through the moments where there is a count.
+
+    With `replicas` these are the moments of all; the gradients of gamma and
+    beta are those of this one.
+    """
     if count is not None and torch.is_grad_enabled():
-        mean, variance, _ = moments(inputs, axis, mask)
+        mean, variance, _ = moments(inputs, axis, mask, replicas)
     reduced = [i for i in range(inputs.dim()) if i != axis]
     normalized = standardized(
         inputs,
@@ -53,10 +77,14 @@ def gradients(dy, inputs, gamma, mean, variance, count, mask, axis, epsilon):
     gamma_gradient = (dy * normalized).sum(reduced)
     beta_gradient = dy.sum(reduced)
     if count is not None:
-        divisor = at_least_one(count)
-        through_moments = along(
-            axis, beta_gradient / divisor, inputs
-        ) + normalized * along(axis, gamma_gradient / divisor, inputs)
+        sums = torch.stack([beta_gradient, gamma_gradient])
+        if replicas is not None:
+            sums = replicas.total(sums)
+        shift, slope = sums / at_least_one(count)
+        through_moments = along(axis, shift, inputs)
+        through_moments = through_moments + normalized * along(
+            axis, slope, inputs
+        )
         if mask is not None:
             through_moments = torch.where(mask, through_moments, 0.0)
         dx = dy - through_moments

@@ -245,8 +245,3 @@ def test_moments_returned_have_gradients():
     found = jax.grad(sums)(inputs)
     right = jax.grad(lambda x: jnp.sum(x.mean(0) ** 2 + x.var(0)))(inputs)
     np.testing.assert_allclose(found, right, 1e-5, 1e-7)
-
-
-def test_synchronized_is_refused():
-    with pytest.raises(ValueError, match="Received: synchronized=True"):
-        kernels.batch_moments(jnp.ones((2, 3)), axis=1, synchronized=True)

@@ -217,11 +217,6 @@ def test_masked_out_values_poison_nothing(bad):
         torch.testing.assert_close(others, zeros)
 
 
-def test_synchronized_is_refused():
-    with pytest.raises(ValueError, match="synchronized"):
-        kernels.batch_moments(torch.ones(2, 2), axis=1, synchronized=True)
-
-
 def test_constants_get_gradients():
     inputs = _inputs(2.0, (9, 4), torch.float64)
     gamma, beta = _vectors(torch.float64, 4)
