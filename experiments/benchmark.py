@@ -269,7 +269,9 @@ def compare(entries: list[dict]) -> list[dict]:
             for key in ("backend", "shape", "dtype", "operation", "name")
         }
         group = (str(entry["shape"]), entry["operation"])
-        counterpart = entry["name"].replace("keras_bn", "keras")
+        counterpart = "keras"
+        if entry["name"].startswith("keras"):
+            counterpart = entry["name"].replace("keras_bn", "keras")
         copies = FLOOR_PASSES[entry["operation"]] / COPY_PASSES
         for clock in ("cpu", "wall"):
             own = medians[*group, entry["name"], clock]

@@ -119,6 +119,7 @@ def test_floor_and_ratios():
             for name, cpu in (
                 ("keras_bn", [6.0, 6.0, 90.0]),
                 ("keras", [12.0, 11.0, 13.0]),
+                ("tf_keras", [6.0]),
                 ("keras_bn_ghost", [24.0]),
                 ("keras_bn_masked", [10.0]),
                 ("keras_masked", [40.0]),
@@ -130,12 +131,13 @@ def test_floor_and_ratios():
     # Copies: 2 passes each; so 1, 1.5 and 4 of them.
     assert floors == {"inference": 2, "forward": 3, "forward_backward": 8}
     names = [row["name"] for row in rows]
-    assert len(names) == 15 and "copy" not in names
+    assert len(names) == 18 and "copy" not in names
     to_keras = {row["name"]: row["cpu_to_keras"] for row in rows}
+    assert to_keras["tf_keras"] == 6 / 12
     assert to_keras["keras_bn_ghost"] == 24 / 12
     assert to_keras["keras_bn_masked"] == 10 / 40
     assert to_keras["keras_masked"] == 1
-    own = rows[10]
+    own = rows[12]
     assert own["cpu_to_floor"] == 6 / 8
     assert own["cpu_to_keras"] == 6 / 12
     assert own["floor_wall_seconds"] == 16
