@@ -7,9 +7,15 @@ training, moving statistics updated) and `forward_backward` (gradients with
 respect to the input, gamma and beta besides). Every call hands back all it
 computed, so that no compiler can leave any of it out.
 
+The variants of this project's layer and of Keras's, such as the masked one,
+have `forward_backward` alone. The synchronized ones divide the batch between
+two replicas in one process, whose CPU time is then that of both; PyTorch's are
+two processes, which the clock of one does not see, and are left out.
+
 The peers are set to Keras's own defaults: momentum 0.99 and epsilon 1e-3.
 """
 
+import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -19,6 +25,8 @@ import numpy as np
 MOMENTUM = 0.99
 EPSILON = 1e-3
 OPERATIONS = ("inference", "forward", "forward_backward")
+KEPT_SHARE = 0.7
+REPLICAS = 2
 # The package of each backend, and the peer timed beside Keras on it: the
 # peer's name in the results and the package that brings it.
 PEERS = {
@@ -32,10 +40,13 @@ class Candidate(NamedTuple):
     """One layer, ready to be timed.
 
     Attributes:
-        name: `keras_bn`, `keras_bn_ghost` (four ghost batches), `keras`, or
-            the peer's name from `PEERS`.
-        operations: from each of `OPERATIONS` to a call without arguments
-            that runs it to the end and returns what it computed.
+        name: `keras_bn`, `keras`, one of their variants, or the peer's name
+            from `PEERS`. The variants: `keras_bn_ghost` (four ghost batches),
+            and of both layers `_masked` (7 of 10 positions kept),
+            `_renorm` and `_sync` (two replicas).
+        operations: from each of `OPERATIONS`, or of a variant from
+            `forward_backward`, to a call without arguments that runs it to
+            the end and returns what it computed.
     """
 
     name: str
@@ -56,8 +67,9 @@ def candidates(
             Parameters and statistics stay in float32.
 
     Returns:
-        keras_bn's layer, the same with ghost batches, Keras's, and the
-        framework's peer if installed.
+        keras_bn's layer, Keras's, the variants of both, and the framework's
+        peer if installed. The synchronized ones only where `make_replicas`
+        has made two devices.
     """
     build = {
         "tensorflow": _tensorflow_candidates,
@@ -72,39 +84,94 @@ def has_peer(backend: str) -> bool:
     return find_spec(PEERS[backend][1]) is not None
 
 
+def make_replicas(backend: str) -> None:
+    """Divides the CPU into the devices that synchronized layers run on.
+
+    To be called before the framework is used.
+    """
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * REPLICAS,
+        )
+
+
+def kept_positions(shape: tuple[int, ...]) -> np.ndarray:
+    """The mask of the masked layers: the shape without its channels."""
+    return np.random.default_rng(1).random(shape[:-1]) < KEPT_SHARE
+
+
 def _policy(dtype: str) -> str:
     return dtype if dtype == "float32" else f"mixed_{dtype}"
 
 
-def _keras_layers(dtype: str, batch: int) -> dict:
+class _Setup(NamedTuple):
+    """One layer of Keras, not yet built, and how it is called."""
+
+    layer: object
+    operations: tuple[str, ...] = OPERATIONS[-1:]
+    mask: np.ndarray | None = None
+
+
+def _keras_setups(dtype: str, shape: tuple[int, ...]) -> dict[str, _Setup]:
+    """From a candidate's name to its setup, without the synchronized."""
+    import keras_bn
+
+    policy = _policy(dtype)
+    ghost_batch = -(-shape[0] // 4)
+    found = {
+        "keras_bn_ghost": _Setup(
+            keras_bn.BatchNormalization(
+                dtype=policy, virtual_batch_size=ghost_batch
+            )
+        )
+    }
+    mask = kept_positions(shape)
+    for name, layer_class in _keras_layer_classes().items():
+        found[name] = _Setup(layer_class(dtype=policy), OPERATIONS)
+        found[f"{name}_masked"] = _Setup(layer_class(dtype=policy), mask=mask)
+        found[f"{name}_renorm"] = _Setup(
+            layer_class(dtype=policy, renorm=True)
+        )
+    return found
+
+
+def _keras_layer_classes() -> dict:
     import keras
 
     import keras_bn
 
     return {
-        "keras_bn": keras_bn.BatchNormalization(dtype=_policy(dtype)),
-        "keras_bn_ghost": keras_bn.BatchNormalization(
-            dtype=_policy(dtype), virtual_batch_size=-(-batch // 4)
-        ),
-        "keras": keras.layers.BatchNormalization(dtype=_policy(dtype)),
+        "keras_bn": keras_bn.BatchNormalization,
+        "keras": keras.layers.BatchNormalization,
     }
 
 
 def _tensorflow_candidates(inputs, gradient, dtype) -> list[Candidate]:
     import tensorflow as tf
 
-    layers = _keras_layers(dtype, len(inputs))
+    setups = _keras_setups(dtype, inputs.shape)
     if has_peer("tensorflow"):
         import tf_keras
 
-        layers["tf_keras"] = tf_keras.layers.BatchNormalization(
-            dtype=_policy(dtype)
+        setups["tf_keras"] = _Setup(
+            tf_keras.layers.BatchNormalization(dtype=_policy(dtype)), OPERATIONS
         )
     x = tf.cast(inputs, dtype)
     dy = tf.cast(gradient, dtype)
 
-    def operations(layer) -> dict:
+    def forward_backward_of(layer, x, dy, **mask):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True, **mask)
+        leaves = [x, layer.gamma, layer.beta]
+        return y, tape.gradient(y, leaves, output_gradients=dy)
+
+    def operations(layer, names, mask) -> dict:
         layer.build(x.shape)
+        masks = {} if mask is None else {"mask": tf.constant(mask)}
 
         # Keras's jit_compile="auto" means no XLA on a CPU.
         @tf.function(jit_compile=False)
@@ -116,20 +183,63 @@ def _tensorflow_candidates(inputs, gradient, dtype) -> list[Candidate]:
             return layer(x, training=True)
 
         @tf.function(jit_compile=False)
-        def forward_backward(x, dy):
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = layer(x, training=True)
-            leaves = [x, layer.gamma, layer.beta]
-            return y, tape.gradient(y, leaves, output_gradients=dy)
+        def forward_backward(x, dy, **masks):
+            return forward_backward_of(layer, x, dy, **masks)
 
-        return {
+        calls = {
             "inference": lambda: inference(x),
             "forward": lambda: forward(x),
-            "forward_backward": lambda: forward_backward(x, dy),
+            "forward_backward": lambda: forward_backward(x, dy, **masks),
         }
+        return {name: calls[name] for name in names}
 
-    return [Candidate(name, operations(layers[name])) for name in layers]
+    def synchronized_operations(layer_class) -> dict:
+        with strategy.scope():
+            layer = layer_class(dtype=_policy(dtype), synchronized=True)
+            layer.build(x.shape)
+
+        @tf.function(jit_compile=False)
+        def forward_backward(x, dy):
+            return strategy.run(
+                lambda x, dy: forward_backward_of(layer, x, dy), (x, dy)
+            )
+
+        def divided(tensor):
+            parts = tf.split(tensor, [len(x) // 2, len(x) - len(x) // 2])
+            return strategy.experimental_distribute_values_from_function(
+                lambda context: parts[context.replica_id_in_sync_group]
+            )
+
+        shards = divided(x), divided(dy)
+        return {"forward_backward": lambda: forward_backward(*shards)}
+
+    found = [
+        Candidate(name, operations(*setup))
+        for name, setup in setups.items()
+    ]
+    strategy = _mirrored_strategy()
+    if strategy is not None and len(x) >= REPLICAS:
+        found += [
+            Candidate(
+                f"{name}_sync", synchronized_operations(layer_class)
+            )
+            for name, layer_class in _keras_layer_classes().items()
+        ]
+    return found
+
+
+@functools.cache
+def _mirrored_strategy():
+    """Over the devices of `make_replicas`; None without them.
+
+    The collectives of a second strategy would meet those of the first.
+    """
+    import tensorflow as tf
+
+    devices = tf.config.list_logical_devices("CPU")
+    if len(devices) < REPLICAS:
+        return None
+    return tf.distribute.MirroredStrategy([d.name for d in devices])
 
 
 def _jax_candidates(inputs, gradient, dtype) -> list[Candidate]:
@@ -139,8 +249,11 @@ def _jax_candidates(inputs, gradient, dtype) -> list[Candidate]:
     x = jnp.asarray(inputs, dtype)
     dy = jnp.asarray(gradient, dtype)
 
-    def operations(apply, parameters, statistics) -> dict:
-        """Jits a function (parameters, statistics, x, training) -> pair."""
+    def operations(
+        apply, parameters, statistics, names=OPERATIONS, mask=None
+    ) -> dict:
+        """Jits `(parameters, statistics, x, training[, mask])` -> pair."""
+        masks = () if mask is None else (jnp.asarray(mask),)
 
         @jax.jit
         def inference(parameters, statistics, x):
@@ -151,9 +264,11 @@ def _jax_candidates(inputs, gradient, dtype) -> list[Candidate]:
             return apply(parameters, statistics, x, True)
 
         @jax.jit
-        def forward_backward(parameters, statistics, x, dy):
+        def forward_backward(parameters, statistics, x, dy, *masks):
             y, pullback, updated = jax.vjp(
-                lambda parameters, x: apply(parameters, statistics, x, True),
+                lambda parameters, x: apply(
+                    parameters, statistics, x, True, *masks
+                ),
                 parameters,
                 x,
                 has_aux=True,
@@ -162,24 +277,29 @@ def _jax_candidates(inputs, gradient, dtype) -> list[Candidate]:
 
         state = (parameters, statistics, x)
         wait = jax.block_until_ready
-        return {
+        calls = {
             "inference": lambda: wait(inference(*state)),
             "forward": lambda: wait(forward(*state)),
-            "forward_backward": lambda: wait(forward_backward(*state, dy)),
+            "forward_backward": lambda: wait(
+                forward_backward(*state, dy, *masks)
+            ),
         }
+        return {name: calls[name] for name in names}
 
-    def keras_operations(layer) -> dict:
+    def keras_operations(layer, names, mask) -> dict:
         layer.build(x.shape)
 
-        def apply(parameters, statistics, x, training):
+        def apply(parameters, statistics, x, training, mask=None):
             return layer.stateless_call(
-                parameters, statistics, x, training=training
+                parameters, statistics, x, training=training, mask=mask
             )
 
         return operations(
             apply,
             [variable.value for variable in layer.trainable_variables],
             [variable.value for variable in layer.non_trainable_variables],
+            names,
+            mask,
         )
 
     def flax_operations() -> dict:
@@ -202,8 +322,8 @@ def _jax_candidates(inputs, gradient, dtype) -> list[Candidate]:
         return operations(apply, variables["params"], variables["batch_stats"])
 
     found = [
-        Candidate(name, keras_operations(layer))
-        for name, layer in _keras_layers(dtype, len(inputs)).items()
+        Candidate(name, keras_operations(*setup))
+        for name, setup in _keras_setups(dtype, inputs.shape).items()
     ]
     if has_peer("jax"):
         found.append(Candidate("flax", flax_operations()))
@@ -216,7 +336,7 @@ def _torch_candidates(inputs, gradient, dtype) -> list[Candidate]:
     channels_last = torch.from_numpy(inputs).to(getattr(torch, dtype))
     dy_channels_last = torch.from_numpy(gradient).to(channels_last.dtype)
 
-    def operations(call, x, dy, gamma, beta) -> dict:
+    def operations(call, x, dy, gamma, beta, names=OPERATIONS) -> dict:
         x = x.detach().requires_grad_()
 
         def inference():
@@ -227,20 +347,23 @@ def _torch_candidates(inputs, gradient, dtype) -> list[Candidate]:
             y = call(x, True)
             return y, torch.autograd.grad(y, [x, gamma, beta], dy)
 
-        return {
+        calls = {
             "inference": inference,
             "forward": lambda: call(x, True),
             "forward_backward": forward_backward,
         }
+        return {name: calls[name] for name in names}
 
-    def keras_operations(layer) -> dict:
+    def keras_operations(layer, names, mask) -> dict:
         layer.build(tuple(inputs.shape))
+        masks = {} if mask is None else {"mask": torch.from_numpy(mask)}
         return operations(
-            lambda x, training: layer(x, training=training),
+            lambda x, training: layer(x, training=training, **masks),
             channels_last,
             dy_channels_last,
             layer.gamma.value,
             layer.beta.value,
+            names,
         )
 
     def torch_operations() -> dict:
@@ -269,8 +392,8 @@ def _torch_candidates(inputs, gradient, dtype) -> list[Candidate]:
         )
 
     found = [
-        Candidate(name, keras_operations(layer))
-        for name, layer in _keras_layers(dtype, len(inputs)).items()
+        Candidate(name, keras_operations(*setup))
+        for name, setup in _keras_setups(dtype, inputs.shape).items()
     ]
     found.append(Candidate("torch", torch_operations()))
     return found

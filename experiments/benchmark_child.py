@@ -36,7 +36,9 @@ class Timings(NamedTuple):
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], repetitions: int
+    calls: dict[str, Callable[[], object]],
+    repetitions: int,
+    seldom: frozenset[str] = frozenset(),
 ) -> dict[str, Timings]:
     """Times several calls in turn, over and over.
 
@@ -47,6 +49,7 @@ def interleaved(
     Args:
         calls: from a name to a call without arguments.
         repetitions: how many times each is measured.
+        seldom: names that are measured in every third repetition only.
 
     Returns:
         From each name to its timings: CPU seconds of all threads of the
@@ -67,9 +70,11 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        for _ in range(repetitions):
+        for repetition in range(repetitions):
             order.shuffle(names)
             for name in names:
+                if repetition % 3 and name in seldom:
+                    continue
                 call, number = calls[name], numbers[name]
                 cpu, wall = time.process_time(), time.perf_counter()
                 for _ in range(number):
@@ -94,7 +99,8 @@ def measure_shape(
         backend: the backend Keras runs on in this process.
         shape: `(batch, ..., channels)`.
         dtype: `float32`, `bfloat16` or `float16`.
-        repetitions: how many times each call is measured.
+        repetitions: how many times each call is measured; the variants are
+            in every third of them.
         on_operation: called with each operation's name before it is timed.
 
     Returns:
@@ -107,6 +113,11 @@ def measure_shape(
     inputs = generator.normal(0.5, 2.0, shape).astype("float32")
     gradient = generator.standard_normal(shape, "float32")
     layers = benchmark_candidates.candidates(backend, inputs, gradient, dtype)
+    variants = frozenset(
+        layer.name
+        for layer in layers
+        if len(layer.operations) < len(benchmark_candidates.OPERATIONS)
+    )
     width = "float32" if dtype == "float32" else "uint16"
     source = inputs.astype(width)
     target = np.empty_like(source)
@@ -115,9 +126,14 @@ def measure_shape(
     entries = []
     for operation in benchmark_candidates.OPERATIONS:
         on_operation(operation)
-        calls = {layer.name: layer.operations[operation] for layer in layers}
+        calls = {
+            layer.name: layer.operations[operation]
+            for layer in layers
+            if operation in layer.operations
+        }
         calls["copy"] = lambda: np.copyto(target, source)
-        for name, timings in interleaved(calls, repetitions).items():
+        measured = interleaved(calls, repetitions, variants)
+        for name, timings in measured.items():
             entries.append(
                 {
                     "backend": backend,
@@ -190,6 +206,7 @@ def main() -> None:
         answer(progress="training step")
         answer(result=measure_training_step(request["repetitions"]))
         return
+    benchmark_candidates.make_replicas(request["backend"])
     entries = []
     for shape in request["shapes"]:
         size = "x".join(map(str, shape))

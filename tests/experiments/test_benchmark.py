@@ -44,9 +44,16 @@ def report(tmp_path_factory):
 
 def test_every_layer_and_operation_is_measured(report):
     written, _ = report
-    names = {"keras_bn", "keras_bn_ghost", "keras"}
+    names = {"keras_bn", "keras"}
     if benchmark_candidates.has_peer(BACKEND):
         names.add(benchmark_candidates.PEERS[BACKEND][0])
+    variants = {"keras_bn_ghost"} | {
+        f"{name}_{variant}"
+        for name in ("keras_bn", "keras")
+        for variant in ("masked", "renorm")
+    }
+    if BACKEND == "tensorflow":
+        variants |= {"keras_bn_sync", "keras_sync"}
     found = [
         (tuple(row["shape"]), row["operation"], row["name"])
         for row in written["measurements"]
@@ -54,8 +61,12 @@ def test_every_layer_and_operation_is_measured(report):
     assert sorted(found) == sorted(
         (shape, operation, name)
         for shape in ((4, 3, 3, 2), (8, 5))
-        for operation in ("inference", "forward", "forward_backward")
-        for name in names
+        for operation, measured in (
+            ("inference", names),
+            ("forward", names),
+            ("forward_backward", names | variants),
+        )
+        for name in measured
     )
     for row in written["measurements"]:
         assert (row["backend"], row["dtype"]) == (BACKEND, "float32")
@@ -108,6 +119,10 @@ def test_floor_and_ratios():
             for name, cpu in (
                 ("keras_bn", [6.0, 6.0, 90.0]),
                 ("keras", [12.0, 11.0, 13.0]),
+                ("tf_keras", [6.0]),
+                ("keras_bn_ghost", [24.0]),
+                ("keras_bn_masked", [10.0]),
+                ("keras_masked", [40.0]),
                 ("copy", [1.0, 2.0, 3.0]),
             )
         ]
@@ -115,8 +130,14 @@ def test_floor_and_ratios():
     floors = {row["operation"]: row["floor_cpu_seconds"] for row in rows}
     # Copies: 2 passes each; so 1, 1.5 and 4 of them.
     assert floors == {"inference": 2, "forward": 3, "forward_backward": 8}
-    assert [row["name"] for row in rows] == ["keras_bn", "keras"] * 3
-    own = rows[4]
+    names = [row["name"] for row in rows]
+    assert len(names) == 18 and "copy" not in names
+    to_keras = {row["name"]: row["cpu_to_keras"] for row in rows}
+    assert to_keras["tf_keras"] == 6 / 12
+    assert to_keras["keras_bn_ghost"] == 24 / 12
+    assert to_keras["keras_bn_masked"] == 10 / 40
+    assert to_keras["keras_masked"] == 1
+    own = rows[12]
     assert own["cpu_to_floor"] == 6 / 8
     assert own["cpu_to_keras"] == 6 / 12
     assert own["floor_wall_seconds"] == 16
@@ -153,6 +174,12 @@ def test_interleaved_times_each_call_alike():
     assert min(timings["long"].wall) >= 0.02
     # Asleep, so next to no CPU time.
     assert np.median(timings["long"].cpu) < 0.01
+    seldom = benchmark_child.interleaved(
+        {"one": call("one", 0.01), "two": call("two", 0.01)},
+        4,
+        frozenset({"two"}),
+    )
+    assert (len(seldom["one"].cpu), len(seldom["two"].cpu)) == (4, 2)
     # The short call is repeated within a measurement.
     assert calls.count("short") > calls.count("long") == 3 + 1 + 3
 
@@ -175,27 +202,46 @@ def test_all_layers_compute_batch_normalization():
         ]
     assert {"keras_bn", "keras"} <= set(results)
 
-    def expected(inputs, gradient):
+    def expected(inputs, gradient, kept=None):
         # gamma is 1 and beta 0.
-        axes = (0, 1, 2)
-        factor = 1 / np.sqrt(inputs.var(axes) + benchmark_candidates.EPSILON)
-        normalized = (inputs - inputs.mean(axes)) * factor
-        along = normalized * (gradient * normalized).mean(axes)
-        return normalized, factor * (gradient - gradient.mean(axes) - along)
-
-    for name, (outputs, gradients) in results.items():
-        size = 2 if name == "keras_bn_ghost" else 6
-        parts = [
-            expected(
-                inputs[start : start + size], gradient[start : start + size]
-            )
-            for start in range(0, 6, size)
-        ]
-        normalized, of_inputs = map(np.concatenate, zip(*parts))
-        np.testing.assert_allclose(outputs, normalized, atol=2e-5, err_msg=name)
-        np.testing.assert_allclose(
-            gradients, of_inputs, atol=2e-5, err_msg=name
+        if kept is None:
+            kept = np.ones(inputs.shape[:-1], bool)
+        of_kept = inputs[kept]
+        factor = 1 / np.sqrt(of_kept.var(0) + benchmark_candidates.EPSILON)
+        normalized = (inputs - of_kept.mean(0)) * factor
+        dy, dy_normalized = (
+            g.sum((0, 1, 2)) / len(of_kept)
+            for g in (gradient, gradient * normalized)
         )
+        through_moments = kept[..., None] * (dy + normalized * dy_normalized)
+        return normalized, factor * (gradient - through_moments)
+
+    def expected_of(name):
+        if name == "keras_bn_ghost":
+            parts = [
+                expected(inputs[i : i + 2], gradient[i : i + 2])
+                for i in range(0, 6, 2)
+            ]
+            return map(np.concatenate, zip(*parts))
+        if name.endswith("_masked"):
+            kept = benchmark_candidates.kept_positions(inputs.shape)
+            assert 0.5 < kept.mean() < 0.9
+            return expected(inputs, gradient, kept)
+        normalized, of_inputs = expected(inputs, gradient)
+        if name.endswith("_renorm"):
+            # Corrected back to a mean of 0 and a deviation of 1.
+            deviation = np.sqrt(
+                inputs.var((0, 1, 2)) + benchmark_candidates.EPSILON
+            )
+            return inputs, of_inputs * deviation
+        return normalized, of_inputs
+
+    assert len(results) >= 7
+    for name, (outputs, gradients) in results.items():
+        normalized, of_inputs = expected_of(name)
+        settings = {"atol": 5e-5, "err_msg": name}
+        np.testing.assert_allclose(outputs, normalized, **settings)
+        np.testing.assert_allclose(gradients, of_inputs, **settings)
 
 
 @pytest.mark.parametrize(

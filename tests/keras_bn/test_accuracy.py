@@ -280,13 +280,19 @@ def _constant_channels():
         _constant_channels,
     ],
 )
-@pytest.mark.parametrize("masked", [False, True])
-def test_data_made_to_defeat_a_shift(data, masked):
+@pytest.mark.parametrize("mask", [None, "positions", "full"])
+def test_data_made_to_defeat_a_shift(data, mask):
     inputs = data()
-    mask = None
-    if masked:
-        mask = np.random.default_rng(6).random((*inputs.shape[:3], 1)) < 0.5
-    check_far(inputs, mask=mask)
+    check_far(inputs, mask=_half(mask, inputs.shape))
+
+
+def _half(kind, shape):
+    """A mask that is the same for all channels, or another for each."""
+    if kind is None:
+        return None
+    channels = 1 if kind == "positions" else shape[-1]
+    generator = np.random.default_rng(6)
+    return generator.random((*shape[:-1], channels)) < 0.5
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -341,12 +347,17 @@ def test_a_value_that_is_not_finite_stays_in_its_channel(value, far):
         assert not np.isfinite(got[..., 1]).any()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize(
+    "value", [np.nan, np.inf, 1e30, np.finfo(np.float32).min]
+)
 @pytest.mark.parametrize("far", [0.0, 1e4])
-def test_what_masked_positions_hold_does_not_matter(value, far):
+@pytest.mark.parametrize(
+    "rows, kind", [(4096, "full"), (65536, "positions"), (65536, "full")]
+)
+def test_what_masked_positions_hold_does_not_matter(value, far, rows, kind):
     """Padding may hold anything; only the kept positions are looked at."""
-    inputs = _ordinary(4096) + np.float32(far)
-    mask = np.random.default_rng(6).random((*inputs.shape[:3], 1)) < 0.5
+    inputs = _ordinary(rows) + np.float32(far)
+    mask = _half(kind, inputs.shape)
     kept = np.broadcast_to(mask, inputs.shape)
     inputs[~kept] = value
     settings = {"axis": 3, "epsilon": EPSILON}
@@ -381,3 +392,22 @@ def test_what_masked_positions_hold_does_not_matter(value, far):
     np.testing.assert_allclose(
         of_tensors[1], of_gamma, rtol=1e-3, atol=0.01 + 64 * 4e-7 * far
     )
+
+
+@pytest.mark.parametrize("kind", ["positions", "full"])
+def test_a_steep_gradient_makes_nothing_of_what_is_masked(kind):
+    """Products of masked values are not finite, and are not looked at."""
+    inputs = _ordinary()
+    kept = np.broadcast_to(_half(kind, inputs.shape), inputs.shape)
+    gradient = 100 * inputs * kept
+    inputs[~kept] = np.finfo(np.float32).max
+    mask = keras.ops.convert_to_tensor(_half(kind, inputs.shape))
+    _, (of_inputs,) = frameworks.gradients(
+        lambda x: kernels.normalize_batch(
+            x, None, None, axis=3, epsilon=EPSILON, mask=mask
+        ),
+        [frameworks.tensor(inputs)],
+        frameworks.tensor(gradient),
+    )
+    assert np.isfinite(of_inputs[kept]).all()
+    np.testing.assert_array_equal(of_inputs[~kept], 0.0)

@@ -97,6 +97,19 @@ def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
     return undo_channels_last(outputs, inputs, axis)
 
 
+def moments_of_rows(rows):
+    """Mean and variance of the rows `[n, channels]`, right at any mean."""
+    mean, variance = grouped_moments(rows, 1)
+
+    def shifted():
+        shift = tf.cast(mean, rows.dtype)
+        rest, variance = grouped_moments(rows - shift, 1)
+        return tf.cast(shift, tf.float32) + rest, variance
+
+    large = tf.reduce_any(tf.square(mean) > _LARGE_MEAN**2 * variance)
+    return tf.cond(large, shifted, lambda: (mean, variance))
+
+
 def grouped_moments(inputs, axis):
     """Mean and variance by groups of rows: no sum in them is a long one.
 
@@ -211,9 +224,15 @@ def _grouped(x, gamma, beta, epsilon):
 
 def gradients(output_gradient, inputs, gamma, saved, axis, epsilon):
     """Of the inputs, gamma and beta, from what the op wants saved."""
-    fits = _fits(inputs.shape[axis], inputs.dtype)
-    of = _narrow_gradients if fits else _wide_gradients
-    return of(output_gradient, inputs, gamma, saved, axis, epsilon)
+    if _fits(inputs.shape[axis], inputs.dtype):
+        return _narrow_gradients(
+            output_gradient, inputs, gamma, saved, axis, epsilon
+        )
+    mean, variance, _ = saved
+    moments = mean, variance, positions(inputs, inputs.shape[axis])
+    return wide_gradients(
+        output_gradient, inputs, gamma, moments, axis, epsilon
+    )
 
 
 def _narrow_gradients(output_gradient, inputs, gamma, saved, axis, epsilon):
@@ -234,26 +253,46 @@ def _narrow_gradients(output_gradient, inputs, gamma, saved, axis, epsilon):
     )
 
 
-def _wide_gradients(output_gradient, inputs, gamma, saved, axis, epsilon):
-    """With rows side by side the op gives the sums.
+def wide_gradients(
+    output_gradient,
+    inputs,
+    gamma,
+    moments,
+    axis,
+    epsilon,
+    mask=None,
+    replicas=None,
+):
+    """With rows side by side the op gives the sums, under a mask too.
 
     In float32 its `dy * factor` serves too, and what comes through the
     moments, `slope * (x - mean) + shift`, is another call of it. Short floats
     would be rounded in between.
     """
-    mean, variance, _ = saved
+    mean, variance, count = moments
     channels = inputs.shape[axis]
-    count = positions(inputs, channels)
     repeats = _repeats(inputs, axis)
     settings = {"axis": axis, "epsilon": epsilon}
 
     def composed(output_gradient, inputs, gamma):
         return plain.gradients(
-            output_gradient, inputs, gamma, mean, variance, count, **settings
+            output_gradient,
+            inputs,
+            gamma,
+            *moments,
+            mask=mask,
+            replicas=replicas,
+            **settings,
         )
 
     if repeats is None:
         return composed(output_gradient, inputs, gamma)
+
+    def kept(x):
+        if mask is None:
+            return x
+        # 0 where the mask is, whatever `x` is there.
+        return tf.math.multiply_no_nan(x, tf.cast(mask, x.dtype))
 
     @tf.custom_gradient
     def gradients_and_second(output_gradient, inputs, gamma):
@@ -275,28 +314,44 @@ def _wide_gradients(output_gradient, inputs, gamma, saved, axis, epsilon):
         )
         factor = gamma * tf.math.rsqrt(variance + epsilon)
         share = factor / tf.cast(tf.maximum(count, 1), tf.float32)
-        slope, shift = share * of_gamma, share * of_beta
-        if inputs.dtype == tf.float32:
-            of_inputs = undo_channels_last(first.x_backprop, inputs, axis)
-            of_inputs -= normalize_with(
-                inputs, mean, variance, slope, shift, **settings
-            )
-        else:
+
+        def from_sums():
+            totals = tf.stack([of_gamma, of_beta])
+            if replicas is not None:
+                totals = replicas.total(totals)
+            slope, shift = tf.unstack(share * totals)
+            if inputs.dtype == tf.float32:
+                scaled = undo_channels_last(first.x_backprop, inputs, axis)
+                through_moments = normalize_with(
+                    inputs, mean, variance, slope, shift, **settings
+                )
+                return scaled - kept(through_moments), of_gamma, of_beta
             slope *= tf.math.rsqrt(variance + epsilon)
             shift -= mean * slope
-            factor, slope, shift = (
+            by, slope, shift = (
                 along(axis, v, inputs.shape.rank)
                 for v in (factor, slope, shift)
             )
-            of_inputs = tf.cast(output_gradient, tf.float32) * factor
-            of_inputs -= tf.cast(inputs, tf.float32) * slope + shift
-            of_inputs = tf.cast(of_inputs, inputs.dtype)
+            of_inputs = tf.cast(output_gradient, tf.float32) * by
+            of_inputs -= kept(tf.cast(inputs, tf.float32) * slope + shift)
+            return tf.cast(of_inputs, inputs.dtype), of_gamma, of_beta
+
+        if mask is None:
+            results = from_sums()
+        else:
+            # A masked NaN that no gradient comes back for is in the sums. Not
+            # with replicas, of which only some may see one.
+            results = tf.cond(
+                tf.reduce_all(tf.math.is_finite(of_gamma)),
+                from_sums,
+                lambda: composed(output_gradient, inputs, gamma),
+            )
 
         def second(*upstream):
             sources = output_gradient, inputs, gamma
             return plain.pulled_back(composed, sources, upstream)
 
-        return (of_inputs, of_gamma, of_beta), second
+        return results, second
 
     return gradients_and_second(output_gradient, inputs, gamma)
 

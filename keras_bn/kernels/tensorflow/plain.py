@@ -3,29 +3,56 @@
 import tensorflow as tf
 
 from keras_bn.kernels.tensorflow.views import along
+from keras_bn.kernels.tensorflow.views import channels_last
 from keras_bn.kernels.tensorflow.views import divisor
 from keras_bn.kernels.tensorflow.views import moments_type
 from keras_bn.kernels.tensorflow.views import positions
 
 
-def moments(inputs, axis):
-    """`(mean, variance, count)` by shifted sums."""
+def sum_of_positions(x, axis):
+    """The sum of each channel."""
+    return tf.reduce_sum(x, [i for i in range(x.shape.rank) if i != axis])
+
+
+def sum_of_few(x, axis):
+    """The same of few float32 elements on a CPU, where it is cheaper."""
+    return _sum_of_rows(tf.reshape(channels_last(x, axis), [-1, x.shape[axis]]))
+
+
+def _sum_of_rows(rows):
+    """By a product with a row of ones: the cheapest sum over rows there is."""
+    channels = rows.shape[1]
+    if channels == 1:
+        return tf.reduce_sum(rows, 0)
+    ones = tf.ones([1, tf.shape(rows)[0]])
+    return tf.reshape(tf.matmul(ones, rows), [channels])
+
+
+def moments(inputs, axis, mask=None, count=None, total=sum_of_positions):
+    """`(mean, variance, count)` by shifted sums.
+
+    Under a `mask` the `count` of the positions that it keeps is given.
+    `total` sums the positions.
+    """
     inputs = tf.cast(inputs, moments_type(inputs.dtype))
     rank = inputs.shape.rank
-    reduced = [i for i in range(rank) if i != axis]
-    count = positions(inputs, inputs.shape[axis])
-    shift = tf.reduce_sum(inputs, reduced) / divisor(count)
+    if mask is None:
+        count = positions(inputs, inputs.shape[axis])
+    else:
+        inputs = tf.where(mask, inputs, 0.0)
+    shift = total(inputs, axis) / divisor(count)
     deviations = inputs - along(axis, shift, rank)
-    rest = tf.reduce_sum(deviations, reduced) / divisor(count)
-    variance = tf.reduce_sum(tf.square(deviations), reduced) / divisor(count)
+    if mask is not None:
+        deviations = tf.where(mask, deviations, 0.0)
+    rest = total(deviations, axis) / divisor(count)
+    variance = total(tf.square(deviations), axis) / divisor(count)
     return shift + rest, variance - tf.square(rest), count
 
 
 def normalize_few(x, gamma, beta, epsilon):
     """The cheapest way for few elements `[a, b, 1, channels]` on a CPU.
 
-    A product with a row of ones is the cheapest sum over rows there is. The
-    deviations from the first mean give its rounding error.
+    The deviations from the first mean give its rounding error.
 
     Returns:
         `(outputs, mean, variance)`, the moments in float32.
@@ -33,18 +60,11 @@ def normalize_few(x, gamma, beta, epsilon):
     channels = x.shape[-1]
     rows = tf.cast(tf.reshape(x, [-1, channels]), tf.float32)
     count = divisor(positions(x, channels))
-    ones = tf.ones([1, tf.shape(rows)[0]])
-
-    def mean_of_rows(rows):
-        if channels == 1:
-            return tf.reduce_sum(rows, 0) / count
-        return tf.reshape(tf.matmul(ones, rows), [channels]) / count
-
-    shift = mean_of_rows(rows)
+    shift = _sum_of_rows(rows) / count
     deviations = rows - shift
-    rest = mean_of_rows(deviations)
+    rest = _sum_of_rows(deviations) / count
     mean = shift + rest
-    variance = mean_of_rows(tf.square(deviations)) - tf.square(rest)
+    variance = _sum_of_rows(tf.square(deviations)) / count - tf.square(rest)
     factor = gamma * tf.math.rsqrt(variance + epsilon)
     outputs = deviations * factor + (beta - rest * factor)
     outputs = tf.cast(tf.reshape(outputs, tf.shape(x)), x.dtype)
@@ -88,7 +108,7 @@ def gradients(
 
     dtype = moments_type(inputs.dtype)
 
-    def composed(output_gradient, inputs, gamma, known_moments):
+    def composed(output_gradient, inputs, known_moments):
         dy = tf.cast(output_gradient, dtype)
         deviation = tf.cast(inputs, dtype) - along(axis, mean, rank)
         inverse = tf.math.rsqrt(variance + epsilon)
@@ -113,17 +133,14 @@ def gradients(
         through_moments += normalized * along(axis, slope, rank)
         if mask is not None:
             through_moments = tf.where(mask, through_moments, 0.0)
-        input_gradient = (dy - through_moments) * along(
-            axis, inverse * gamma, rank
-        )
-        return (
-            tf.cast(input_gradient, inputs.dtype),
-            gamma_gradient,
-            beta_gradient,
-        )
+        return dy - through_moments, inverse, gamma_gradient, beta_gradient
 
+    # A custom gradient ties its results to its arguments until the graph is
+    # optimized. Were gamma one of them, TensorFlow would take its gradient for
+    # computed from it, and no longer wait for its other readers before an
+    # optimizer in the same graph writes to it.
     @tf.custom_gradient
-    def gradients(*sources):
+    def without_gamma(*sources):
         def second(*upstream):
             return pulled_back(
                 lambda *sources: composed(*sources, known_moments=False),
@@ -133,7 +150,9 @@ def gradients(
 
         return composed(*sources, known_moments=True), second
 
-    return gradients(output_gradient, inputs, gamma)
+    unscaled, inverse, *of_vectors = without_gamma(output_gradient, inputs)
+    input_gradient = unscaled * along(axis, inverse * gamma, rank)
+    return tf.cast(input_gradient, inputs.dtype), *of_vectors
 
 
 def pulled_back(function, sources, upstream):

@@ -61,6 +61,14 @@ def has_tangents(*tensors):
     return bool(pack_tangents(tensors).tangents)
 
 
+def needs_plain_ops(inputs):
+    """Whether the fused op is absent, inexact, or without a derivative.
+
+    Forward mode asks for that of its moments, which it does not have.
+    """
+    return inputs.dtype == tf.float64 or is_for_xla() or has_tangents(inputs)
+
+
 def is_small(inputs):
     """Whether plain ops are cheaper here than the fused one."""
     if has_gpu():

@@ -25,19 +25,14 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from keras_bn.kernels.torch import masked
 from keras_bn.kernels.torch import native
 from keras_bn.kernels.torch import plain
-from keras_bn.kernels.torch.plain import at_least_one
-from keras_bn.kernels.torch.plain import moments_dtype
 from keras_bn.kernels.torch.replicas import merge
-from keras_bn.kernels.torch.views import blocks
 from keras_bn.kernels.torch.views import dense_order
 from keras_bn.kernels.torch.views import flatten
-from keras_bn.kernels.torch.views import reduced_axes
+from keras_bn.kernels.torch.views import flatten_mask
 from keras_bn.kernels.torch.views import unflatten
-
-# Far is where mean^2 > _FAR * variance: five bits would be lost.
-_FAR = 2.0**10
 
 
 @torch.no_grad()
@@ -207,9 +202,9 @@ class _Normalize(torch.autograd.Function):
             dy = flatten(output_gradient, ctx.axis, order)
             x = flatten(inputs, ctx.axis, order)
             if mask is not None:
-                keep = flatten(mask.expand_as(inputs), ctx.axis, order)
-                dx, *rest = native.masked_gradients(
-                    dy, x, *vectors, keep, ctx.epsilon, ctx.replicas
+                keep = flatten_mask(mask, inputs, ctx.axis, order)
+                dx, *rest = masked.gradients(
+                    dy, x, *vectors, keep, ctx.epsilon, ctx.far, ctx.replicas
                 )
             elif ctx.replicas is not None:
                 dx, *rest = native.synchronized_gradients(
@@ -248,7 +243,7 @@ class _NormalizeParts(torch.autograd.Function):
         outputs = torch.empty_like(x)
         moments = []
         for part, into in zip(x.split(rows), outputs.split(rows)):
-            mean, variance, count, far = _flat_moments(part)
+            mean, variance, count, far = native.moments(part)
             native.outputs(
                 part, gamma, beta, mean, variance, epsilon, far, into
             )
@@ -323,33 +318,14 @@ def _own_moments(inputs, axis, mask):
     order = dense_order(inputs)
     x = flatten(inputs, axis, order)
     if mask is None:
-        return _flat_moments(x)
-    dtype = moments_dtype(x.dtype)
-    keep = flatten(mask.expand_as(inputs), axis, order)
-    count = keep.sum(reduced_axes(x)).to(dtype)
-    total = sum(
-        torch.where(kept, block, 0).sum(reduced_axes(x), dtype=dtype)
-        for block, kept in blocks(x, keep)
-    )
-    mean = total / at_least_one(count)
-    mean, variance = native.moments_about(mean, x, keep, count)
-    return mean, variance, count, _is_far(mean, variance)
-
-
-def _flat_moments(x):
-    mean, variance = native.merged_moments(x, moments_dtype(x.dtype))
-    count = x.numel() // x.shape[1]
-    far = _is_far(mean, variance)
-    if far:
-        mean, variance = native.moments_about(mean, x, None, count)
-    return mean, variance, count, far
+        return native.moments(x)
+    keep = flatten_mask(mask, inputs, axis, order)
+    mean, variance, count = masked.moments(x, keep)
+    return mean, variance, count, native.is_far(mean, variance)
 
 
 def _is_far(mean, variance):
-    """Whether some channel's mean is large against its deviation."""
-    return _is_eager_on_cpu(mean) and bool(
-        (mean * mean > _FAR * variance).any()
-    )
+    return _is_eager_on_cpu(mean) and native.is_far(mean, variance)
 
 
 def _is_eager_on_cpu(tensor):

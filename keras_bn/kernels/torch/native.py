@@ -1,19 +1,37 @@
 """PyTorch's native kernels on flattened CPU tensors.
 
-`x`, `keep` and `dy` are of shape `(outer, channels, inner)`, or
-`(outer, channels)` where `inner` would be 1.
+`x` and `dy` are of shape `(outer, channels, inner)`, or `(outer, channels)`
+where `inner` would be 1.
 """
 
 import torch
 
 from keras_bn.kernels.torch.plain import at_least_one
+from keras_bn.kernels.torch.plain import moments_dtype
 from keras_bn.kernels.torch.plain import scale_factor
-from keras_bn.kernels.torch.plain import standardized
 from keras_bn.kernels.torch.views import FEW
 from keras_bn.kernels.torch.views import blocks
 from keras_bn.kernels.torch.views import column
 from keras_bn.kernels.torch.views import grouped_rows
 from keras_bn.kernels.torch.views import reduced_axes
+
+# Far is where mean^2 > _FAR * variance: five bits would be lost.
+_FAR = 2.0**10
+
+
+def moments(x):
+    """`mean`, `variance`, `count`, and whether the data is far."""
+    mean, variance = merged_moments(x, moments_dtype(x.dtype))
+    count = x.numel() // x.shape[1]
+    far = is_far(mean, variance)
+    if far:
+        mean, variance = _moments_about(mean, x, count)
+    return mean, variance, count, far
+
+
+def is_far(mean, variance):
+    """Whether some channel's mean is large against its deviation."""
+    return bool((mean * mean > _FAR * variance).any())
 
 
 def merged_moments(x, dtype):
@@ -58,15 +76,18 @@ def _native_moments(x, dtype):
     return torch.batch_norm_update_stats(x, running, running, 0.0)
 
 
-def moments_about(center, x, keep, count):
+def _moments_about(center, x, count):
     """Moments from the deviations from a vector near the mean."""
     first, second = 0.0, 0.0
-    for block, *kept in blocks(x) if keep is None else blocks(x, keep):
+    for (block,) in blocks(x):
         deviation = block - column(center, x)
-        if kept:
-            deviation.masked_fill_(~kept[0], 0.0)
         first = first + deviation.sum(reduced_axes(x))
         second = second + deviation.square_().sum(reduced_axes(x))
+    return moments_of_sums(center, first, second, count)
+
+
+def moments_of_sums(center, first, second, count):
+    """From the sums of the deviations from a vector and of their squares."""
     divisor = at_least_one(count)
     offset = first / divisor
     variance = second / divisor - offset.square()
@@ -135,7 +156,7 @@ def _grouped_gradients(
     dy, x, gamma, mean, variance, count, epsilon, far, into=None
 ):
     """The native gradients, with sums over groups of positions."""
-    sums = _gradient_sums(dy, x, mean, variance, epsilon)
+    sums = gradient_sums(dy, x, mean, variance, epsilon)
     vectors = gamma, mean, variance, count, epsilon
     return _input_gradient(dy, x, *sums, *vectors, far, into), *sums
 
@@ -145,20 +166,20 @@ def synchronized_gradients(
 ):
     """`(dx, gamma_gradient, beta_gradient)` where the moments are those of all
     replicas; the latter two are those of this one."""
-    sums = _gradient_sums(dy, x, mean, variance, epsilon)
+    sums = gradient_sums(dy, x, mean, variance, epsilon)
     totals = replicas.total(torch.stack(sums)).unbind()
     vectors = gamma, mean, variance, count, epsilon
     return _input_gradient(dy, x, *totals, *vectors, far), *sums
 
 
-def _gradient_sums(dy, x, mean, variance, epsilon):
+def gradient_sums(dy, x, mean, variance, epsilon):
     """The gradients of gamma and beta."""
     channels = x.shape[1]
-    parts = [(x, dy)]
-    if x.dim() == 2:
-        parts = zip(grouped_rows(x), grouped_rows(dy))
+    pairs = [(x, dy)]
+    if _adds_naively(x, mean.dtype):
+        pairs = zip(grouped_rows(x), grouped_rows(dy))
     products, plains = [], []
-    for rows, dy_rows in parts:
+    for rows, dy_rows in pairs:
         groups = rows.shape[1] // channels
         _, product, plain = torch.ops.aten.native_batch_norm_backward(
             dy_rows,
@@ -174,9 +195,10 @@ def _gradient_sums(dy, x, mean, variance, epsilon):
         )
         products.append(product)
         plains.append(plain)
-    gamma_gradient = torch.cat(products).view(-1, channels).sum(0)
-    beta_gradient = torch.cat(plains).view(-1, channels).sum(0)
-    return gamma_gradient, beta_gradient
+    of_gamma, of_beta = (
+        torch.cat(sums).view(-1, channels).sum(0) for sums in (products, plains)
+    )
+    return of_gamma, of_beta
 
 
 def _input_gradient(
@@ -216,32 +238,3 @@ def _input_gradient(
             of_block = torch.addcmul(shift, block, slope)
             dx_block.copy_(of_block.addcmul_(dy_block, factor))
     return dx
-
-
-def masked_gradients(
-    dy, x, gamma, mean, variance, count, keep, epsilon, replicas
-):
-    """Gradients where only the kept positions entered the moments."""
-    mean = column(mean, x)
-    inverse = column((variance + epsilon).rsqrt_(), x)
-    gamma_gradient, beta_gradient = 0.0, 0.0
-    for dy_block, block, kept in blocks(dy, x, keep):
-        normalized = standardized(block, mean, inverse, kept)
-        gamma_gradient = gamma_gradient + (normalized * dy_block).sum(
-            reduced_axes(x)
-        )
-        beta_gradient = beta_gradient + dy_block.sum(
-            reduced_axes(x), dtype=mean.dtype
-        )
-    sums = torch.stack([gamma_gradient, beta_gradient])
-    if replicas is not None:
-        sums = replicas.total(sums)
-    slope, shift = (column(s, x) for s in sums / at_least_one(count))
-    factor = column(scale_factor(gamma, variance, epsilon), x)
-    dx = torch.empty_like(x)
-    for dy_block, block, kept, into in blocks(dy, x, keep, dx):
-        normalized = standardized(block, mean, inverse, kept)
-        through_moments = torch.addcmul(shift, normalized, slope)
-        through_moments.masked_fill_(~kept, 0.0)
-        into.copy_((dy_block - through_moments).mul_(factor))
-    return dx, gamma_gradient, beta_gradient

@@ -42,6 +42,14 @@ def flatten(tensor, axis, order):
     return tensor.reshape(flat if flat[2] > 1 else flat[:2]).contiguous()
 
 
+def flatten_mask(mask, inputs, axis, order):
+    """As `flatten` does it to `inputs`, but with one channel where the mask is
+    the same for all."""
+    shape = list(inputs.shape)
+    shape[axis] = mask.shape[axis]
+    return flatten(mask.expand(shape), axis, order)
+
+
 def unflatten(flat, like, order):
     """Undoes `flatten`, in place: PyTorch lets nobody write to a view that a
     custom function returns."""
