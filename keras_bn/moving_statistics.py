@@ -12,6 +12,8 @@ import math
 
 from keras import ops
 
+from keras_bn.dtypes import at_least
+
 
 class _MovingAverage:
     def update_in_turn(self, variable, values, counts, batches=None):
@@ -25,14 +27,14 @@ class _MovingAverage:
         """
         counted = ops.broadcast_to(counts > 0, ops.shape(values))
         if self.counts_batches:
-            so_far = ops.cumsum(ops.cast(counted, values.dtype), axis=0)
+            so_far = ops.cumsum(ops.cast(counted, "int32"), axis=0)
+            so_far = ops.cast(so_far, values.dtype)
             before = as_vector(batches, values.dtype) - so_far[-1]
-            batches = ops.maximum(before + so_far, 1.0)
+            batches = at_least(before + so_far, 1.0)
         past, new = self.weights(batches)
         # How much is kept of what was there before each batch, and at the end
         # of what each batch brings.
-        kept = ops.where(counted, past, 1.0)
-        kept = ops.cast(kept, values.dtype)
+        kept = ops.where(counted, past * ops.ones_like(values), 1.0)
         to_the_end = ops.flip(ops.cumprod(ops.flip(kept, 0), axis=0), 0)
         after = ops.concatenate([to_the_end[1:], ops.ones_like(kept[:1])], 0)
         brought = ops.where(counted, values * new * after, 0.0)
@@ -53,7 +55,7 @@ class _MovingAverage:
         """
         if self.counts_batches:
             # 0 where no batch counted yet, nor does this one.
-            batches = ops.maximum(as_vector(batches, value.dtype), 1.0)
+            batches = at_least(as_vector(batches, value.dtype), 1.0)
         past, new = self.weights(batches)
         moving = as_vector(variable, value.dtype) * past + value * new
         assign_where_counted(variable, moving, count)
