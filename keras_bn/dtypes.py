@@ -23,3 +23,16 @@ def as_floats(inputs, compute_dtype):
         # As autocast does, which `stateless_call` goes around.
         return ops.cast(inputs, compute_dtype)
     return inputs
+
+
+def at_least(tensor, bound):
+    """The larger of the two; `ops.maximum` narrows float64 on PyTorch."""
+    # A number by itself would be rounded to float32 there.
+    bound = ops.zeros_like(tensor) + bound
+    return ops.where(tensor < bound, bound, tensor)
+
+
+def at_most(tensor, bound):
+    """The smaller of the two; see `at_least`."""
+    bound = ops.zeros_like(tensor) + bound
+    return ops.where(tensor > bound, bound, tensor)

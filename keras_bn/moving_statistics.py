@@ -15,6 +15,8 @@ import math
 
 from keras import ops
 
+from keras_bn.dtypes import at_least
+
 
 class _MovingAverage:
     def updated_in_turn(self, past, values, counted, batches=None, several=1):
@@ -30,13 +32,13 @@ class _MovingAverage:
                 an int, or a tensor of the shape of `values`.
         """
         if self.counts_batches:
-            more = ops.cast(ops.where(counted, several, 0), values.dtype)
-            so_far = batches + ops.cumsum(more, axis=0)
-            batches = ops.maximum(so_far, 1.0)
+            more = ops.where(counted, several * ops.ones_like(values), 0.0)
+            so_far = batches + ops.cast(ops.cumsum(more, 0), values.dtype)
+            batches = at_least(so_far, 1.0)
         kept, new = self.weights(batches, several)
         # How much is kept of what was there before each batch, and at the end
         # of what each batch brings.
-        kept = ops.cast(ops.where(counted, kept, 1.0), values.dtype)
+        kept = ops.where(counted, kept * ops.ones_like(values), 1.0)
         to_the_end = ops.flip(ops.cumprod(ops.flip(kept, 0), axis=0), 0)
         after = ops.concatenate([to_the_end[1:], ops.ones_like(kept[:1])], 0)
         brought = ops.where(counted, values * new * after, 0.0)

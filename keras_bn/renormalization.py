@@ -10,6 +10,9 @@ import math
 import keras
 from keras import ops
 
+from keras_bn.dtypes import at_least
+from keras_bn.dtypes import at_most
+
 
 def checked_clipping(clipping):
     """`clipping` itself; unknown or contradicting bounds raise ValueError."""
@@ -51,16 +54,16 @@ def renormalized(gamma, beta, mean, stddev, reference, epsilon, clipping):
         `(scale, offset)`, each of shape `(channels,)`.
     """
     reference_mean, reference_stddev = reference
-    divisor = ops.maximum(reference_stddev, math.sqrt(epsilon))
+    divisor = at_least(reference_stddev, math.sqrt(epsilon))
     r = stddev / divisor
     d = (mean - reference_mean) / divisor
     rmin, rmax, dmax = map(clipping.get, ("rmin", "rmax", "dmax"))
     if rmin is not None:
-        r = ops.maximum(r, rmin)
+        r = at_least(r, rmin)
     if rmax is not None:
-        r = ops.minimum(r, rmax)
+        r = at_most(r, rmax)
     if dmax is not None:
-        d = ops.clip(d, -dmax, dmax)
+        d = at_least(at_most(d, dmax), -dmax)
     r, d = ops.stop_gradient(r), ops.stop_gradient(d)
     scale = r if gamma is None else r * gamma
     offset = d if gamma is None else d * gamma

@@ -2,7 +2,7 @@
 
 The suite runs once for each backend, named by KERAS_BACKEND, in an environment
 where the other two frameworks may be absent. A test file named after a
-backend is collected on that backend alone.
+backend, or after a peer of its, is collected on that backend alone.
 """
 
 import os
@@ -15,11 +15,16 @@ import hypothesis
 import keras
 import pytest
 
-_BACKENDS = ("tensorflow", "jax", "torch")
+# From each backend to the peer that its environment holds.
+_PEERS = {"tensorflow": "tf_keras", "jax": "flax", "torch": "torch"}
 
 collect_ignore = [
-    f"keras_bn/kernels/test_{backend}.py"
-    for backend in _BACKENDS
+    path
+    for backend, peer in _PEERS.items()
+    for path in (
+        f"keras_bn/kernels/test_{backend}.py",
+        f"keras_bn/test_coming_from_{peer}.py",
+    )
     if backend != keras.backend.backend()
 ]
 
