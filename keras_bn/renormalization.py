@@ -6,20 +6,37 @@ clipped.
 """
 
 import math
+import numbers
 
 import keras
 from keras import ops
 
+from keras_bn.moving_statistics import ExponentialMovingAverage
+
+_KEYS = ("rmax", "rmin", "dmax")
+_Schedule = keras.optimizers.schedules.LearningRateSchedule
+
 
 def checked_clipping(clipping):
-    """`clipping` itself; unknown or contradicting bounds raise ValueError."""
-    keys = ["rmax", "rmin", "dmax"]
-    if set(clipping) - set(keys):
+    """A dictionary of numbers and schedules; ValueError for what is none.
+
+    Args:
+        clipping: Dictionary from bounds to numbers or schedules, which may be
+            in the form that a config has them in.
+
+    Returns:
+        The same, where each schedule is a `LearningRateSchedule`.
+    """
+    if set(clipping) - set(_KEYS):
         raise ValueError(
             "Received invalid keys for `renorm_clipping` argument: "
-            f"{clipping}. Supported values: {keys}."
+            f"{clipping}. Supported values: {list(_KEYS)}."
         )
-    rmax, rmin, dmax = map(clipping.get, keys)
+    clipping = {k: _bound(k, value) for k, value in clipping.items()}
+    rmax, rmin, dmax = (
+        value if isinstance(value, numbers.Real) else None
+        for value in map(clipping.get, _KEYS)
+    )
     if rmax is not None and rmin is not None and rmax < rmin:
         raise ValueError(
             "rmax should be greater than rmin in the `renorm_clipping` "
@@ -31,6 +48,59 @@ def checked_clipping(clipping):
             f"Received: dmax={dmax}."
         )
     return clipping
+
+
+def _bound(key, value):
+    if isinstance(value, dict):
+        value = keras.saving.deserialize_keras_object(value)
+    if not (value is None or isinstance(value, (numbers.Real, _Schedule))):
+        raise ValueError(
+            f"{key} should be a number or a LearningRateSchedule in the "
+            f"`renorm_clipping` argument. Received: {key}={value!r}."
+        )
+    return value
+
+
+def is_scheduled(clipping):
+    """Whether a bound of `checked_clipping` depends on the step."""
+    return any(isinstance(value, _Schedule) for value in clipping.values())
+
+
+def serialized_clipping(clipping):
+    """What `checked_clipping` takes, of values that a config can hold."""
+    return {
+        k: keras.saving.serialize_keras_object(v)
+        if isinstance(v, _Schedule)
+        else v
+        for k, v in clipping.items()
+    }
+
+
+def bounds_at(clipping, step, dtype):
+    """`clipping` with each schedule's value at `step` in its place."""
+    return {
+        k: ops.cast(v(step), dtype) if isinstance(v, _Schedule) else v
+        for k, v in clipping.items()
+    }
+
+
+def take_in_for_renorm(layer, mean, variance, count):
+    """Takes a batch's moments into what the correction is taken against.
+
+    Args:
+        layer: The layer that is trained with renormalization.
+        mean: Of the batch, `(channels,)`.
+        variance: Of the batch, the biased one.
+        count: As `assign_where_counted` takes it.
+    """
+    average = ExponentialMovingAverage(layer.renorm_momentum)
+    average.update(layer.renorm_mean, mean, count)
+    stddev = ops.sqrt(variance + layer.epsilon)
+    average.update(layer.renorm_stddev, stddev, count)
+    if layer.renorm_step is not None:
+        counted = ops.any(ops.convert_to_tensor(count) > 0)
+        step = ops.convert_to_tensor(layer.renorm_step)
+        layer.renorm_step.assign(step + ops.cast(counted, "int32"))
 
 
 def renormalized(gamma, beta, mean, stddev, reference, epsilon, clipping):
@@ -45,7 +115,7 @@ def renormalized(gamma, beta, mean, stddev, reference, epsilon, clipping):
         stddev: `sqrt(variance + epsilon)` of the batch.
         reference: The mean and the standard deviation to correct towards.
         epsilon: As in `stddev`.
-        clipping: Dictionary of bounds, see `checked_clipping`.
+        clipping: Dictionary of bounds, numbers or scalar tensors.
 
     Returns:
         `(scale, offset)`, each of shape `(channels,)`.
@@ -60,7 +130,7 @@ def renormalized(gamma, beta, mean, stddev, reference, epsilon, clipping):
     if rmax is not None:
         r = ops.minimum(r, rmax)
     if dmax is not None:
-        d = ops.clip(d, -dmax, dmax)
+        d = ops.maximum(ops.minimum(d, dmax), -dmax)
     r, d = ops.stop_gradient(r), ops.stop_gradient(d)
     scale = r if gamma is None else r * gamma
     offset = d if gamma is None else d * gamma
