@@ -68,9 +68,14 @@ _MASK = np.arange(8).reshape(8, 1, 1) % 3 > 0
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_setting_in_training_and_inference(options, masked):
+def test_every_setting_in_training_and_inference(masked):
     """Each choice is that of the layer which makes it by default."""
+    # In one test, in which JAX compiles each operation once.
+    for options in OPTIONS:
+        check_every_setting(options, masked)
+
+
+def check_every_setting(options, masked):
     layer = _layer(**options)
     statistics = _statistics(layer)
     in_training, updated = _call(layer, True, masked)
@@ -91,19 +96,21 @@ def test_every_setting_in_training_and_inference(options, masked):
             right = with_moving
         else:
             right = in_training if training else with_batch
-        what = f"{use} {update} {training}"
+        what = f"{options} {use} {update} {training}"
         np.testing.assert_allclose(outputs, right, 2e-5, 2e-5, err_msg=what)
         expected = updated if training and update else statistics
         for now, then in zip(after, expected, strict=True):
             np.testing.assert_allclose(now, then, 1e-5, 1e-6, err_msg=what)
 
 
-@pytest.mark.parametrize("trainable", [True, False])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("update", [True, False])
-@pytest.mark.parametrize("use", [None, True, False])
-def test_by_the_formula(use, update, training, trainable):
+def test_by_the_formula():
     """In float64, from NumPy."""
+    both = (True, False)
+    for setting in itertools.product((None, True, False), both, both, both):
+        check_formula(*setting)
+
+
+def check_formula(use, update, training, trainable):
     layer = OURS(
         momentum=0.5,
         use_moving_statistics=use,
@@ -200,19 +207,20 @@ def test_config_holds_what_differs_from_the_default(kwargs):
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-@pytest.mark.parametrize("value", [1, 0, "yes", 0.0, [True], np.True_, None])
-def test_other_values(name, value):
-    if value is None and name == "use_moving_statistics":
-        value = "None"
+def test_other_values(name):
+    values = [1, 0, "yes", 0.0, [True], np.True_]
+    if name != "use_moving_statistics":
+        values.append(None)
     layer = OURS()
-    for refused in (
-        lambda: OURS(**{name: value}),
-        lambda: setattr(layer, name, value),
-    ):
-        with pytest.raises(ValueError) as error:
-            refused()
-        assert f"Received: {name}={value!r}" in str(error.value)
-        assert "\n" not in str(error.value)
+    for value in values:
+        for refused in (
+            lambda: OURS(**{name: value}),
+            lambda: setattr(layer, name, value),
+        ):
+            with pytest.raises(ValueError) as error:
+                refused()
+            assert f"Received: {name}={value!r}" in str(error.value)
+            assert "\n" not in str(error.value)
     assert getattr(layer, name) is DEFAULTS[name]
 
 
