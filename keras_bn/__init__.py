@@ -1,6 +1,16 @@
 """Batch normalization for Keras 3."""
 
 from keras_bn.layer import BatchNormalization
+from keras_bn.renorm_schedule import renorm_schedule
+from keras_bn.surgery.freeze import freeze
+from keras_bn.surgery.freeze import reset_statistics
+from keras_bn.surgery.freeze import thaw
 
-__all__ = ["BatchNormalization"]
+__all__ = [
+    "BatchNormalization",
+    "freeze",
+    "renorm_schedule",
+    "reset_statistics",
+    "thaw",
+]
 __version__ = "0.1.0"

@@ -17,19 +17,26 @@ from keras_bn.channel_axes import merge_channel_axes
 from keras_bn.channel_axes import merge_mask_axes
 from keras_bn.channel_axes import split_channel_axes
 from keras_bn.channel_axes import weights_shape
+from keras_bn.compiled_functions import CompiledFunctions
+from keras_bn.config import config_of
 from keras_bn.dtypes import as_floats
 from keras_bn.dtypes import moments_dtype
 from keras_bn.masks import full_rank_mask
-from keras_bn.moving_statistics import ExponentialMovingAverage
 from keras_bn.moving_statistics import as_vector
 from keras_bn.moving_statistics import assign_where_counted
 from keras_bn.moving_statistics import moving_average
 from keras_bn.moving_statistics import take_in
 from keras_bn.moving_statistics import unbiased
+from keras_bn.renormalization import bounds_at
 from keras_bn.renormalization import checked_clipping
 from keras_bn.renormalization import copy_of
+from keras_bn.renormalization import count_step
 from keras_bn.renormalization import initializer_of_stddev
+from keras_bn.renormalization import is_scheduled
 from keras_bn.renormalization import renormalized
+from keras_bn.renormalization import updates_of_reference
+from keras_bn.switches import Switch
+from keras_bn.switches import mode_of
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
@@ -78,7 +85,10 @@ class BatchNormalization(keras.layers.Layer):
             arXiv 1702.03275). Inference is the same with and without.
         renorm_clipping: Dictionary with any of the keys `"rmax"`, `"rmin"`,
             `"dmax"`: the bounds of the correction `x * r + d`. Missing ones
-            do not bound.
+            do not bound. Each is a number or a
+            `keras.optimizers.schedules.LearningRateSchedule` of the number of
+            training batches taken in so far, which the layer then counts in
+            the int32 weight `renorm_step`; see `keras_bn.renorm_schedule`.
         renorm_momentum: Float in `[0, 1]`, the momentum of the statistics
             that the correction uses.
         synchronized: Whether the moments are those of the batch over all
@@ -101,7 +111,19 @@ class BatchNormalization(keras.layers.Layer):
         debias: Whether the initial moving statistics count for nothing, as
             in Adam (Kingma & Ba, 2015, arXiv 1412.6980). Not with
             `momentum=None`, nor for the statistics that renorm corrects by.
+        use_moving_statistics: Which statistics normalize. None: the batch's in
+            training, else the moving ones. True: the moving ones, as they are
+            before the batch. False: the batch's, in inference too, where ghost
+            batches and renorm play no part.
+        update_moving_statistics: Whether a training call takes the batch's
+            moments into the moving statistics. Inference never does.
+        train_gamma_and_beta: Whether `gamma` and `beta` are trainable weights.
+            They keep their place in `get_weights()`.
         **kwargs: Those of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
+
+    The last three and `trainable` are attributes that can be set later. A
+    function that was compiled with the layer before does not follow; setting
+    them then warns (UserWarning) and names the call that mends it.
 
     Call arguments:
         inputs: Tensor of rank 2 or more; any float dtype, integers count as
@@ -145,6 +167,9 @@ class BatchNormalization(keras.layers.Layer):
         virtual_batch_size=None,
         unbiased_variance=False,
         debias=False,
+        use_moving_statistics=None,
+        update_moving_statistics=True,
+        train_gamma_and_beta=True,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -184,6 +209,39 @@ class BatchNormalization(keras.layers.Layer):
         self.moving_mean = None
         self.moving_variance = None
         self.num_batches_tracked = None
+        self.renorm_step = None
+
+        self._compiled_functions = CompiledFunctions()
+        self.use_moving_statistics = use_moving_statistics
+        self.update_moving_statistics = update_moving_statistics
+        self.train_gamma_and_beta = train_gamma_and_beta
+
+    use_moving_statistics = Switch(None, True, False)
+    update_moving_statistics = Switch(True, False)
+    train_gamma_and_beta = Switch(True, False)
+
+    @keras.layers.Layer.trainable.setter
+    def trainable(self, value):
+        before = self.trainable
+        keras.layers.Layer.trainable.fset(self, value)
+        self._mark_gamma_and_beta()
+        if self.trainable != before:
+            self.switched("trainable")
+
+    def switched(self, name):
+        """Puts into effect what was set, and says where it is too late."""
+        if name == "train_gamma_and_beta":
+            self._mark_gamma_and_beta()
+        self._compiled_functions.warn_if_outdated(
+            self.name,
+            f"{name}={getattr(self, name)}",
+            lambda training: mode_of(self, training),
+        )
+
+    def _mark_gamma_and_beta(self):
+        for weight in (self.gamma, self.beta):
+            if weight is not None:
+                weight.trainable = self.trainable and self.train_gamma_and_beta
 
     def build(self, input_shape):
         sizes = channel_sizes(self.axis, input_shape)
@@ -208,6 +266,7 @@ class BatchNormalization(keras.layers.Layer):
                 constraint=self.beta_constraint,
                 autocast=False,
             )
+        self._mark_gamma_and_beta()
         mean_initializer = self.moving_mean_initializer
         variance_initializer = self.moving_variance_initializer
         self.moving_mean = self._add_statistic(
@@ -218,13 +277,8 @@ class BatchNormalization(keras.layers.Layer):
         )
         if self._average.counts_batches:
             # Of each channel: a mask may leave one out.
-            self.num_batches_tracked = self.add_weight(
-                shape=shape,
-                name="num_batches_tracked",
-                dtype="int32",
-                initializer="zeros",
-                trainable=False,
-                autocast=False,
+            self.num_batches_tracked = self._add_statistic(
+                "num_batches_tracked", shape, "zeros", "int32"
             )
         if self.renorm:
             stddev_initializer = initializer_of_stddev(variance_initializer)
@@ -237,6 +291,10 @@ class BatchNormalization(keras.layers.Layer):
             self.renorm_stddev = self._add_statistic(
                 "renorm_stddev", shape, stddev_initializer
             )
+            if is_scheduled(self.renorm_clipping):
+                self.renorm_step = self._add_statistic(
+                    "renorm_step", (), "zeros", "int32"
+                )
         self.input_spec = keras.layers.InputSpec(
             ndim=len(input_shape), axes=sizes
         )
@@ -245,12 +303,12 @@ class BatchNormalization(keras.layers.Layer):
     def _average(self):
         return moving_average(self.momentum, self.debias)
 
-    def _add_statistic(self, name, shape, initializer):
+    def _add_statistic(self, name, shape, initializer, dtype=None):
         # float16 statistics overflow, so the dtype policy has a lower bound.
         return self.add_weight(
             shape=shape,
             name=name,
-            dtype=moments_dtype(self.variable_dtype),
+            dtype=dtype or moments_dtype(self.variable_dtype),
             initializer=initializer,
             trainable=False,
             autocast=False,
@@ -272,32 +330,36 @@ class BatchNormalization(keras.layers.Layer):
             mask = full_rank_mask(mask, inputs.shape, axes)
             mask = merge_mask_axes(mask, inputs, axes)
         merged, axis = merge_channel_axes(inputs, axes)
-        outputs = self._normalize(merged, axis, mask, training)
+        mode = mode_of(self, training)
+        self._compiled_functions.note(training, mode)
+        outputs = self._normalize(merged, axis, mask, mode)
         return split_channel_axes(outputs, inputs, axes)
 
-    def _normalize(self, inputs, axis, mask, training):
+    def _normalize(self, inputs, axis, mask, mode):
         inputs = as_floats(inputs, self.compute_dtype)
         dtype = moments_dtype(inputs.dtype)
         gamma = as_vector(self.gamma, dtype) if self.scale else None
         beta = as_vector(self.beta, dtype) if self.center else None
 
-        if not (training and self.trainable):
+        if not mode.normalizes_with_batch:
+            moving = [
+                as_vector(v, dtype)
+                for v in (self.moving_mean, self.moving_variance)
+            ]
+            if mode.updates:
+                # PyTorch updates in place what the gradients still need.
+                moving = [ops.copy(v) for v in moving]
             outputs = kernels.normalize_with(
-                inputs,
-                as_vector(self.moving_mean, dtype),
-                as_vector(self.moving_variance, dtype),
-                gamma,
-                beta,
-                axis=axis,
-                epsilon=self.epsilon,
+                inputs, *moving, gamma, beta, axis=axis, epsilon=self.epsilon
             )
-            return ops.cast(outputs, self.compute_dtype)
+            if not mode.updates:
+                return ops.cast(outputs, self.compute_dtype)
 
         replicas = kernels.find_replicas(
             self.axis_name, self.synchronized, self.moving_mean.value
         )
-        if self.virtual_batch_size is not None:
-            outputs, mean, variance, count = kernels.normalize_ghost_batches(
+        if self.virtual_batch_size is not None and mode.training:
+            by_batch, *moments = kernels.normalize_ghost_batches(
                 inputs,
                 gamma,
                 beta,
@@ -312,102 +374,76 @@ class BatchNormalization(keras.layers.Layer):
                 # The moments are those of all, who need not agree afterwards.
                 batch["replicas"], replicas = replicas, None
             moments = None
-            if self.renorm:
+            renorm = self.renorm and mode.training
+            if renorm or not mode.normalizes_with_batch:
                 moments = kernels.batch_moments(inputs, **batch)
-                gamma, beta = self._renormalize(
-                    gamma, beta, *moments, replicas
+            if renorm:
+                gamma, beta = self._renormalize(gamma, beta, *moments)
+            if mode.normalizes_with_batch:
+                by_batch, *moments = kernels.normalize_batch(
+                    inputs,
+                    gamma,
+                    beta,
+                    epsilon=self.epsilon,
+                    moments=moments,
+                    **batch,
                 )
-            outputs, mean, variance, count = kernels.normalize_batch(
-                inputs,
-                gamma,
-                beta,
-                epsilon=self.epsilon,
-                moments=moments,
-                **batch,
-            )
-        if not self.renorm:
-            if self.unbiased_variance:
-                variance = unbiased(variance, count)
-            updates = [
-                (self._average, self.moving_mean, mean),
-                (self._average, self.moving_variance, variance),
-            ]
-            self._take_in(updates, count, replicas)
+        if mode.normalizes_with_batch:
+            outputs = by_batch
+        if mode.updates:
+            self._take_in(*moments, replicas)
         return ops.cast(outputs, self.compute_dtype)
 
-    def _take_in(self, updates, count, replicas):
-        batches = self.num_batches_tracked
-        return take_in(updates, count, batches, replicas, self.synchronized)
-
-    def _renormalize(self, gamma, beta, mean, variance, count, replicas):
-        """Takes the moments in; the scale and offset to normalize with.
-
-        The correction is taken against the statistics before this batch.
-        """
-        stddev = ops.sqrt(variance + self.epsilon)
-        scale_and_offset = renormalized(
+    def _renormalize(self, gamma, beta, mean, variance, count):
+        """The scale and offset to normalize with, by the paper's correction."""
+        clipping = bounds_at(
+            self.renorm_clipping, self.renorm_step, mean.dtype
+        )
+        return renormalized(
             gamma,
             beta,
             mean,
-            stddev,
+            ops.sqrt(variance + self.epsilon),
             [
                 as_vector(v, mean.dtype)
                 for v in (self.renorm_mean, self.renorm_stddev)
             ],
             self.epsilon,
-            self.renorm_clipping,
+            clipping,
         )
-        average = ExponentialMovingAverage(self.renorm_momentum)
-        updates = [
-            (average, self.renorm_mean, mean),
-            (average, self.renorm_stddev, stddev),
-        ]
+
+    def _take_in(self, mean, variance, count, replicas):
+        updates = []
+        if self.renorm:
+            updates = updates_of_reference(self, mean, variance)
         if self.unbiased_variance:
             variance = unbiased(variance, count)
-            stddev = ops.sqrt(variance + self.epsilon)
+        moving, spread = self.moving_variance, variance
+        if self.renorm:
+            # The paper averages the standard deviation; the moving variance
+            # is derived from it.
+            moving = self.moving_stddev
+            spread = ops.sqrt(variance + self.epsilon)
         updates += [
             (self._average, self.moving_mean, mean),
-            (self._average, self.moving_stddev, stddev),
+            (self._average, moving, spread),
         ]
-        count = self._take_in(updates, count, replicas)
-        # The paper averages the standard deviation; the moving variance is
-        # derived from it.
-        moving_stddev = as_vector(self.moving_stddev, mean.dtype)
-        assign_where_counted(
-            self.moving_variance,
-            ops.relu(ops.square(moving_stddev) - self.epsilon),
+        count = take_in(
+            updates,
             count,
+            self.num_batches_tracked,
+            replicas,
+            self.synchronized,
         )
-        return scale_and_offset
+        if self.renorm:
+            stddev = as_vector(self.moving_stddev, mean.dtype)
+            assign_where_counted(
+                self.moving_variance,
+                ops.relu(ops.square(stddev) - self.epsilon),
+                count,
+            )
+        if self.renorm_step is not None:
+            count_step(self.renorm_step, count)
 
     def get_config(self):
-        config = super().get_config()
-        config.update(
-            axis=self.axis,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            center=self.center,
-            scale=self.scale,
-            renorm=self.renorm,
-            renorm_clipping=self.renorm_clipping,
-            renorm_momentum=self.renorm_momentum,
-            synchronized=self.synchronized,
-        )
-        # Keras's layer is built from a config that has none of these.
-        for name in (
-            "axis_name",
-            "virtual_batch_size",
-            "unbiased_variance",
-            "debias",
-        ):
-            if getattr(self, name):
-                config[name] = getattr(self, name)
-        for weight in ("beta", "gamma", "moving_mean", "moving_variance"):
-            name = f"{weight}_initializer"
-            config[name] = keras.initializers.serialize(getattr(self, name))
-        for weight in ("beta", "gamma"):
-            name = f"{weight}_regularizer"
-            config[name] = keras.regularizers.serialize(getattr(self, name))
-            name = f"{weight}_constraint"
-            config[name] = keras.constraints.serialize(getattr(self, name))
-        return config
+        return {**super().get_config(), **config_of(self)}

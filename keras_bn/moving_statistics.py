@@ -216,7 +216,7 @@ def _agreed(replicas, pasts, news, more, count):
     row += [new - past for past, new in zip(pasts, news)]
     counts, mores, *steps = _gathered(replicas, row)
     count = ops.sum(counts, 0)
-    share = counts / ops.maximum(count, 1.0)
+    share = counts / at_least(count, 1.0)
     news = [past + ops.sum(share * s, 0) for past, s in zip(pasts, steps)]
     return news, ops.max(mores, 0), count
 
@@ -234,7 +234,7 @@ def unbiased(variance, count):
     """
     if isinstance(count, int):
         return variance * (count / max(count - 1, 1))
-    return variance * (count / ops.maximum(count - 1.0, 1.0))
+    return variance * (count / at_least(count - 1.0, 1.0))
 
 
 def as_vector(variable, dtype):

@@ -6,23 +6,39 @@ clipped.
 """
 
 import math
+import numbers
 
 import keras
 from keras import ops
 
 from keras_bn.dtypes import at_least
 from keras_bn.dtypes import at_most
+from keras_bn.moving_statistics import ExponentialMovingAverage
+
+_KEYS = ("rmax", "rmin", "dmax")
+_Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 
 def checked_clipping(clipping):
-    """`clipping` itself; unknown or contradicting bounds raise ValueError."""
-    keys = ["rmax", "rmin", "dmax"]
-    if set(clipping) - set(keys):
+    """A dictionary of numbers and schedules; ValueError for what is none.
+
+    Args:
+        clipping: Dictionary from bounds to numbers or schedules, which may be
+            in the form that a config has them in.
+
+    Returns:
+        The same, where each schedule is a `LearningRateSchedule`.
+    """
+    if set(clipping) - set(_KEYS):
         raise ValueError(
             "Received invalid keys for `renorm_clipping` argument: "
-            f"{clipping}. Supported values: {keys}."
+            f"{clipping}. Supported values: {list(_KEYS)}."
         )
-    rmax, rmin, dmax = map(clipping.get, keys)
+    clipping = {k: _bound(k, value) for k, value in clipping.items()}
+    rmax, rmin, dmax = (
+        value if isinstance(value, numbers.Real) else None
+        for value in map(clipping.get, _KEYS)
+    )
     if rmax is not None and rmin is not None and rmax < rmin:
         raise ValueError(
             "rmax should be greater than rmin in the `renorm_clipping` "
@@ -34,6 +50,70 @@ def checked_clipping(clipping):
             f"Received: dmax={dmax}."
         )
     return clipping
+
+
+def _bound(key, value):
+    if isinstance(value, dict):
+        value = keras.saving.deserialize_keras_object(value)
+    if not (value is None or isinstance(value, (numbers.Real, _Schedule))):
+        raise ValueError(
+            f"{key} should be a number or a LearningRateSchedule in the "
+            f"`renorm_clipping` argument. Received: {key}={value!r}."
+        )
+    return value
+
+
+def is_scheduled(clipping):
+    """Whether a bound of `checked_clipping` depends on the step."""
+    return any(isinstance(value, _Schedule) for value in clipping.values())
+
+
+def serialized_clipping(clipping):
+    """What `checked_clipping` takes, of values that a config can hold."""
+    return {
+        k: keras.saving.serialize_keras_object(v)
+        if isinstance(v, _Schedule)
+        else v
+        for k, v in clipping.items()
+    }
+
+
+def bounds_at(clipping, step, dtype):
+    """`clipping` as numbers, and scalar tensors for schedules at `step`."""
+    bounds = {}
+    for key, value in clipping.items():
+        if isinstance(value, _Schedule):
+            bounds[key] = ops.cast(value(step), dtype)
+        elif value is not None:
+            # Of NumPy's numbers TensorFlow would make float64 tensors.
+            bounds[key] = float(value)
+    return bounds
+
+
+def updates_of_reference(layer, mean, variance):
+    """What a batch brings to the statistics that the correction is taken by.
+
+    Args:
+        layer: The layer that is trained with renormalization.
+        mean: Of the batch, `(channels,)`.
+        variance: Of the batch, the biased one.
+
+    Returns:
+        List of updates, as `take_in` takes them.
+    """
+    average = ExponentialMovingAverage(layer.renorm_momentum)
+    stddev = ops.sqrt(variance + layer.epsilon)
+    return [
+        (average, layer.renorm_mean, mean),
+        (average, layer.renorm_stddev, stddev),
+    ]
+
+
+def count_step(variable, count):
+    """Counts a batch in an int32 variable, unless no position counted."""
+    counted = ops.any(ops.convert_to_tensor(count) > 0)
+    step = ops.convert_to_tensor(variable)
+    variable.assign(step + ops.cast(counted, "int32"))
 
 
 def renormalized(gamma, beta, mean, stddev, reference, epsilon, clipping):
@@ -48,7 +128,7 @@ def renormalized(gamma, beta, mean, stddev, reference, epsilon, clipping):
         stddev: `sqrt(variance + epsilon)` of the batch.
         reference: The mean and the standard deviation to correct towards.
         epsilon: As in `stddev`.
-        clipping: Dictionary of bounds, see `checked_clipping`.
+        clipping: Dictionary of bounds, numbers or scalar tensors.
 
     Returns:
         `(scale, offset)`, each of shape `(channels,)`.

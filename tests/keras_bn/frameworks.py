@@ -138,9 +138,9 @@ class Step:
 
 
 def training_step(
-    layer, inputs, output_gradient=None, compiled=False, **kwargs
+    layer, inputs, output_gradient=None, compiled=False, training=True, **kwargs
 ):
-    """One call of `layer` with `training=True`, its gradients and new state.
+    """One call of `layer`, its gradients and new state.
 
     `output_gradient` is an array (default: ones). The layer's weights are
     those after the call.
@@ -157,7 +157,7 @@ def training_step(
 
         def run(weights, inputs):
             outputs, state = layer.stateless_call(
-                weights, before, inputs, training=True, **kwargs
+                weights, before, inputs, training=training, **kwargs
             )
             return outputs, state
 
@@ -178,7 +178,7 @@ def training_step(
         def both(inputs, output_gradient):
             with tf.GradientTape() as tape:
                 tape.watch(inputs)
-                outputs = layer(inputs, training=True, **kwargs)
+                outputs = layer(inputs, training=training, **kwargs)
             return outputs, tape.gradient(
                 outputs, [weights, inputs], output_gradient
             )
@@ -187,7 +187,7 @@ def training_step(
         outputs, (of_weights, of_inputs) = both(inputs, output_gradient)
     else:
         inputs = inputs.detach().requires_grad_()
-        outputs = layer(inputs, training=True, **kwargs)
+        outputs = layer(inputs, training=training, **kwargs)
         weights = [v.value for v in layer.trainable_variables]
         of_inputs, *of_weights = torch.autograd.grad(
             outputs, [inputs, *weights], output_gradient

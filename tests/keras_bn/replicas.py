@@ -310,7 +310,8 @@ def _on_jax(cases, replicas, processes, rank):
             for variable, value in zip(variables, values)
         }
         outputs, gradients = map(np.asarray, results)
-        return Trained(outputs, gradients, [by_id[id(w)] for w in layer.weights])
+        weights = [by_id[id(w)] for w in layer.weights]
+        return Trained(outputs, gradients, weights)
 
     def whole(case):
         layer = case.layer()

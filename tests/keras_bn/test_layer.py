@@ -96,7 +96,13 @@ def _same_step(keras_layer, ours, inputs, gradient, **kwargs):
 
 
 def test_public_names():
-    assert keras_bn.__all__ == ["BatchNormalization"]
+    assert keras_bn.__all__ == [
+        "BatchNormalization",
+        "freeze",
+        "renorm_schedule",
+        "reset_statistics",
+        "thaw",
+    ]
     assert not issubclass(OURS, KERAS)
     assert issubclass(OURS, keras.layers.Layer)
 
@@ -114,6 +120,9 @@ def test_arguments_and_defaults_are_those_of_keras():
         "virtual_batch_size",
         "unbiased_variance",
         "debias",
+        "use_moving_statistics",
+        "update_moving_statistics",
+        "train_gamma_and_beta",
     ]
     call = inspect.signature(KERAS.call).parameters
     assert list(inspect.signature(OURS.call).parameters) == list(call)

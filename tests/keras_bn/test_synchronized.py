@@ -29,6 +29,11 @@ def _case(variant, kind, sizes, **more):
     return Case({**arguments, **KINDS[kind]}, sizes, masked=masked, **more)
 
 
+def _synchronized(cases):
+    arguments = {"synchronized": True}
+    return {name: (case, arguments) for name, case in cases.items()}
+
+
 def _cases_for_two():
     cases = {}
     kinds = list(KINDS)
@@ -50,7 +55,7 @@ def _cases_for_two():
             for variant in ("plain", "renormalized"):
                 name = f"{variant}, {sizes[0]} and {sizes[1]} samples"
                 cases[name] = _case(variant, "debiased", sizes)
-    return {name: (case, {"synchronized": True}) for name, case in cases.items()}
+    return _synchronized(cases)
 
 
 def _cases_for_four():
@@ -61,7 +66,7 @@ def _cases_for_four():
     }
     if BACKEND != "jax":
         cases["uneven"] = _case("plain", "unbiased", (3, 0, 2, 1))
-    return {name: (case, {"synchronized": True}) for name, case in cases.items()}
+    return _synchronized(cases)
 
 
 def _cases_for_processes():

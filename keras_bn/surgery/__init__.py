@@ -1,0 +1,1 @@
+"""What changes the batch normalization of a whole model."""
