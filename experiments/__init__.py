@@ -59,7 +59,7 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
         except KeyboardInterrupt as interruption:
             how_to_go_on = str(interruption) or "give the same command again"
             print(f"interrupted: {how_to_go_on}", file=sys.stderr)
-            return 128 + interruption()
+            return 128 + signal_received()
 
     sys.unraisablehook = _report_unraisable
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -69,7 +69,7 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
     app.run(guarded, flags_parser=_parse_flags)
 
 
-def interruption() -> int:
+def signal_received() -> int:
     """Returns the signal that asked this process to stop; SIGINT if none."""
     return (_interruptions or [signal.SIGINT])[0]
 

@@ -1,6 +1,6 @@
 """Starts two workers of one run on this machine, to try a distribution out.
 
-    KERAS_BACKEND=jax python -m experiments.two_workers --condition=11 --steps=20
+    python -m experiments.two_workers --condition=11 --steps=20
 
 The flags are those of `experiments.train`, which both workers run: by
 multiworker on TensorFlow, data_parallel on JAX and ddp on PyTorch. What the
@@ -17,9 +17,9 @@ import tempfile
 import time
 
 from experiments import ExperimentError
-from experiments import interruption
 from experiments import launch
 from experiments import require_backend
+from experiments import signal_received
 from experiments import train
 
 # How long a worker has to end by itself, once the other has failed.
@@ -97,7 +97,7 @@ def run(backend: str, arguments: list[str]) -> None:
         try:
             failed = _first_failure(workers)
         except KeyboardInterrupt:
-            _end(workers, interruption())
+            _end(workers, signal_received())
             raise
         finally:
             _end(workers, signal.SIGTERM)

@@ -29,8 +29,8 @@ from collections.abc import Iterator
 from absl import flags
 
 from experiments import ExperimentError
-from experiments import interruption
 from experiments import run_settings
+from experiments import signal_received
 from experiments.distribution.workers import Workers
 
 # How long an interrupted process has to end by itself.
@@ -192,7 +192,7 @@ def _leaving_at_once():
     except BaseException as error:
         code = 1
         if isinstance(error, KeyboardInterrupt):
-            code = 128 + interruption()
+            code = 128 + signal_received()
         atexit.register(_exit, code)
         raise
 

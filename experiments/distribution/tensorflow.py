@@ -4,8 +4,12 @@ Keras 3.15's `fit` fails under MultiWorkerMirroredStrategy, and its
 `train_on_batch` weighs uneven shares of a batch alike.
 """
 
+import contextlib
+import faulthandler
 import json
 import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -15,8 +19,15 @@ from experiments import ExperimentError
 from experiments.distribution.workers import Replicas
 from experiments.distribution.workers import dropout_state
 from experiments.distribution.workers import dropout_states
+from experiments.distribution.workers import no_answer
 
 _TASKS = ("chief", "worker")
+# Says a line when the time is over, unless its input was closed before.
+_SAY_LATER = """
+import select, sys
+if not select.select([sys.stdin], [], [], float(sys.argv[1]))[0]:
+    print(sys.argv[2], file=sys.stderr)
+"""
 
 
 def mirrored(cpu_devices):
@@ -35,19 +46,47 @@ def multiworker(time_limit):
     """Replicas on the devices of all processes that TF_CONFIG names."""
     process, processes = _cluster()
     workers = _Strategy(None, process, processes, time_limit)
-    with workers.together("waiting for the workers of TF_CONFIG"):
+    options = tf.distribute.experimental.CommunicationOptions(
+        timeout_seconds=2 * time_limit
+    )
+    doing = "waiting for the workers of TF_CONFIG"
+    with workers.together(doing), _limited(doing, time_limit):
         workers.use(
             tf.distribute.MultiWorkerMirroredStrategy(
-                communication_options=(
-                    tf.distribute.experimental.CommunicationOptions(
-                        timeout_seconds=2 * time_limit
-                    )
-                )
+                communication_options=options
             )
         )
-        # Every worker's server is up, but not yet known to all.
+        # Has the workers' servers find one another.
         workers.sum(np.zeros(1))
     return workers
+
+
+@contextlib.contextmanager
+def _limited(doing, seconds):
+    """Limits the time of what holds Python's lock while it waits.
+
+    TensorFlow does so where it joins the cluster, so that no thread of ours
+    could say anything.
+    """
+    speaker = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            _SAY_LATER,
+            str(seconds),
+            no_answer(doing, seconds),
+        ],
+        stdin=subprocess.PIPE,
+    )
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(
+            seconds + 0.5, exit=True, file=nowhere
+        )
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            speaker.communicate()
 
 
 def _cluster():

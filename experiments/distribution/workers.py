@@ -86,11 +86,12 @@ class Replicas(Workers):
 
     def start(self, model, build):
         self._model = model
+        values = [self.from_chief(_numpy(x)) for x in state(model)]
         with self._scope():
             self._replicated = build()
-            pairs = zip(state(self._replicated), state(model), strict=True)
-            for variable, own in pairs:
-                variable.assign(self.from_chief(_numpy(own)))
+            copies = state(self._replicated)
+            for variable, value in zip(copies, values, strict=True):
+                variable.assign(value)
         self._start()
 
     def collect(self):
@@ -153,13 +154,17 @@ class Replicas(Workers):
         raise NotImplementedError
 
 
-def _give_up(doing, seconds):
-    tqdm.tqdm.write(
+def no_answer(doing: str, seconds: float) -> str:
+    """Returns the line that a process ends with when its time is over."""
+    return (
         f"error: {doing}: another worker did not answer within {seconds:g} "
         "seconds (time_limit); start all of them again to go on from the "
-        "last evaluation",
-        file=sys.stderr,
+        "last evaluation"
     )
+
+
+def _give_up(doing, seconds):
+    tqdm.tqdm.write(no_answer(doing, seconds), file=sys.stderr)
     sys.stderr.flush()
     os._exit(1)
 
