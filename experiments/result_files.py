@@ -91,7 +91,7 @@ _OPTIONAL_FACTS = {
     ),
 }
 # What runs were that say nothing of it: there was no choice yet.
-_BEFORE = {"distribution": "none", "replicas": 1, "synchronized": False}
+BEFORE = {"distribution": "none", "replicas": 1, "synchronized": False}
 _METRICS = {"test_accuracy": _SHARE}
 _TIMING = {"train_seconds": _AMOUNT, "images_per_second": _AMOUNT}
 
@@ -199,7 +199,7 @@ def read_facts(path: Path) -> dict:
     facts = _parse(path, _read_text(path))
     given = {x: _OPTIONAL_FACTS[x] for x in _OPTIONAL_FACTS if x in facts}
     _check(path, facts, {**_FACTS, **given})
-    return {**_BEFORE, **facts}
+    return facts
 
 
 def read_metrics(
@@ -360,7 +360,7 @@ def _read_lines(
 
 
 def _read_run(path: Path) -> Run:
-    facts, folder = read_facts(path), path.parent
+    facts, folder = {**BEFORE, **read_facts(path)}, path.parent
     if f"{folder.parent.name}/{folder.name}" != _folder(facts):
         raise ExperimentError(
             f"{path} is of condition and seed {_folder(facts)}; move its "

@@ -59,7 +59,8 @@ class RunFolder:
         self._timing = path / "timing.jsonl"
         self._board = None
         if os.path.exists(self._facts):
-            self._require_same(result_files.read_facts(self._facts))
+            facts = result_files.read_facts(self._facts)
+            self._require_same({**result_files.BEFORE, **facts})
             # Damage is found now rather than hours into a grid of runs.
             self.metrics()
             self._read(result_files.read_timing)
