@@ -99,6 +99,9 @@ class Replicas(Workers):
             values = [_numpy(x) for x in state(self._replicated)]
         for variable, value in zip(state(self._model), values, strict=True):
             variable.assign(value)
+        # Replicas may differ in these, and all evaluate one model.
+        for variable in self._model.non_trainable_variables:
+            variable.assign(self.from_chief(_numpy(variable)))
 
     def sum(self, values):
         if self.processes == 1:
