@@ -59,7 +59,7 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
         except KeyboardInterrupt as interruption:
             how_to_go_on = str(interruption) or "give the same command again"
             print(f"interrupted: {how_to_go_on}", file=sys.stderr)
-            return 128 + (_interruptions or [signal.SIGINT])[0]
+            return 128 + signal_received()
 
     sys.unraisablehook = _report_unraisable
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -67,6 +67,11 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def signal_received() -> int:
+    """Returns the signal that asked this process to stop; SIGINT if none."""
+    return (_interruptions or [signal.SIGINT])[0]
 
 
 def raise_if_interrupted() -> None:

@@ -21,6 +21,7 @@ def build(
     classes: int = 10,
     layer: str = "keras_bn",
     seed: int = 0,
+    synchronized: bool = False,
 ) -> keras.Model:
     """Builds the network of one condition.
 
@@ -37,18 +38,21 @@ def build(
         layer: the batch normalization layer: "keras_bn" for
             `keras_bn.BatchNormalization`, "keras" for Keras's own.
         seed: int of at least 0, of the initial kernels and of dropout.
+        synchronized: whether batch normalization takes the moments of the
+            batch over all replicas.
 
     Returns:
         A model from float32 (batch, *input_shape) to float32 logits
         (batch, classes); not compiled.
 
     Raises:
-        ExperimentError: `layer` is not one of `LAYERS`.
+        ExperimentError: `layer` is not one of `LAYERS`, or "keras" is to be
+            synchronized on a backend other than TensorFlow.
     """
     import keras
     from keras import layers
 
-    batch_normalization = _batch_normalization(layer)
+    batch_normalization = _batch_normalization(layer, synchronized)
     # A stream for each layer that draws random numbers. 31 bits: on PyTorch
     # Keras keeps a seed as int32.
     state = np.random.SeedSequence(seed).generate_state(5)
@@ -61,6 +65,7 @@ def build(
         return batch_normalization(
             momentum=article.MOMENTUM,
             epsilon=article.BATCH_NORM_EPSILON,
+            synchronized=synchronized,
             name=name,
         )
 
@@ -97,8 +102,15 @@ def build(
     return model
 
 
-def _batch_normalization(layer):
+def _batch_normalization(layer, synchronized):
     if layer == "keras":
+        import keras
+
+        if synchronized and keras.backend.backend() != "tensorflow":
+            raise ExperimentError(
+                "Keras's own layer is synchronized on TensorFlow alone: give "
+                "--layer=keras_bn, or leave out --synchronized"
+            )
         from keras.layers import BatchNormalization
 
         return BatchNormalization

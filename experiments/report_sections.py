@@ -329,11 +329,14 @@ def _regenerate(contents) -> str:
         "learning_rate",
         "input",
         "layer",
+        "distribution",
     ):
         if name in facts:
             train.append(f"--{name}={facts[name]}")
     if facts.get("shuffle"):
         train.append("--shuffle")
+    if facts["synchronized"]:
+        train.append("--synchronized")
     report = ["python", "-m", "experiments.report", "--results=RESULTS"]
     if contents.curves is not None:
         report.append("--published_curves=CSV")

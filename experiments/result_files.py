@@ -32,6 +32,9 @@ SETTINGS = (
     "batch_size",
     "eval_every",
     "backend",
+    "distribution",
+    "replicas",
+    "synchronized",
 )
 # What may differ from run to run, but is then said.
 CIRCUMSTANCES = ("device", "packages", "revision")
@@ -70,20 +73,25 @@ _FACTS = {
 _OPTIONAL_FACTS = {
     **dict.fromkeys(("dataset_version", "dataset_copy"), _TEXT),
     **dict.fromkeys(("input", "layer", "optimizer", "backend"), _TEXT),
-    **dict.fromkeys(("device", "revision"), _TEXT),
-    **dict.fromkeys(("eval_every", "batch_size"), _COUNT),
+    **dict.fromkeys(("device", "revision", "distribution"), _TEXT),
+    **dict.fromkeys(("eval_every", "batch_size", "replicas"), _COUNT),
     "learning_rate": _NUMBER,
     "optimizer_epsilon": (
         "a number or null",
         lambda x: x is None or _is_number(x),
     ),
-    "shuffle": ("true or false", lambda x: isinstance(x, bool)),
+    **dict.fromkeys(
+        ("shuffle", "synchronized"),
+        ("true or false", lambda x: isinstance(x, bool)),
+    ),
     "packages": ("an object", lambda x: isinstance(x, dict)),
     "continued_by": (
         "a list of objects",
         lambda x: isinstance(x, list) and all(isinstance(y, dict) for y in x),
     ),
 }
+# What runs were that say nothing of it: there was no choice yet.
+BEFORE = {"distribution": "none", "replicas": 1, "synchronized": False}
 _METRICS = {"test_accuracy": _SHARE}
 _TIMING = {"train_seconds": _AMOUNT, "images_per_second": _AMOUNT}
 
@@ -352,7 +360,7 @@ def _read_lines(
 
 
 def _read_run(path: Path) -> Run:
-    facts, folder = read_facts(path), path.parent
+    facts, folder = {**BEFORE, **read_facts(path)}, path.parent
     if f"{folder.parent.name}/{folder.name}" != _folder(facts):
         raise ExperimentError(
             f"{path} is of condition and seed {_folder(facts)}; move its "

@@ -59,7 +59,8 @@ class RunFolder:
         self._timing = path / "timing.jsonl"
         self._board = None
         if os.path.exists(self._facts):
-            self._require_same(result_files.read_facts(self._facts))
+            facts = result_files.read_facts(self._facts)
+            self._require_same({**result_files.BEFORE, **facts})
             # Damage is found now rather than hours into a grid of runs.
             self.metrics()
             self._read(result_files.read_timing)
@@ -199,12 +200,12 @@ def save(path: Path, model: keras.Model, step: int) -> None:
     """
     import keras
 
-    state = {
+    values = {
         f"variable_{number}": keras.ops.convert_to_numpy(variable)
-        for number, variable in enumerate(_state(model))
+        for number, variable in enumerate(state(model))
     }
     with _replacing(path) as incomplete, open(incomplete, "wb") as file:
-        np.savez(file, step=step, **state)
+        np.savez(file, step=step, **values)
 
 
 def restore(path: Path, model: keras.Model) -> int:
@@ -215,7 +216,7 @@ def restore(path: Path, model: keras.Model) -> int:
     """
     try:
         with np.load(path) as saved:
-            variables = _state(model)
+            variables = state(model)
             if len(saved.files) != len(variables) + 1:
                 raise ValueError("another number of variables")
             for number, variable in enumerate(variables):
@@ -225,7 +226,8 @@ def restore(path: Path, model: keras.Model) -> int:
         raise _unreadable(path) from error
 
 
-def _state(model):
+def state(model: keras.Model) -> list[keras.Variable]:
+    """Returns all variables of a compiled model and of its optimizer."""
     model.optimizer.build(model.trainable_variables)
     # model.variables has what a .keras file leaves out: the state of
     # dropout's random generator.

@@ -12,6 +12,14 @@ from experiments import data
 from experiments import models
 
 OPTIMIZERS = ("adam", "sgd", "rmsprop")
+# How a run is spread, and the backend that does it; None: any.
+DISTRIBUTIONS = {
+    "none": None,
+    "mirrored": "tensorflow",
+    "multiworker": "tensorflow",
+    "data_parallel": "jax",
+    "ddp": "torch",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +38,9 @@ class Settings:
         input: "raw" or "standardized", see `data.inputs`.
         shuffle: whether each epoch has an order of its own.
         layer: "keras_bn" or "keras", see `models.build`.
+        distribution: one of `DISTRIBUTIONS`, see `experiments.distribution`.
+        synchronized: whether batch normalization takes the moments of the
+            batch over all replicas.
 
     Raises:
         ExperimentError: a value is out of its range.
@@ -45,6 +56,8 @@ class Settings:
     input: str = "raw"
     shuffle: bool = False
     layer: str = "keras_bn"
+    distribution: str = "none"
+    synchronized: bool = False
 
     def __post_init__(self):
         article.condition(self.condition)
@@ -68,6 +81,7 @@ class Settings:
             ("optimizer", OPTIMIZERS),
             ("input", data.INPUTS),
             ("layer", models.LAYERS),
+            ("distribution", DISTRIBUTIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ExperimentError(

@@ -2,6 +2,7 @@
 
     python -m experiments.train --condition=11 --steps=2000 --output=results/one
 
+`experiments.distribution` says how it is spread over devices and processes.
 The run's folder is ``OUTPUT/CONDITION/SEED/``; `run_folder` says what is in
 it. A run that was interrupted goes on from its last evaluation, on a CPU with
 the metrics of an undisturbed run bit for bit.
@@ -26,6 +27,7 @@ from experiments import ExperimentError
 from experiments import article
 from experiments import atomic
 from experiments import data
+from experiments import distribution
 from experiments import launch
 from experiments import models
 from experiments import raise_if_interrupted
@@ -33,6 +35,7 @@ from experiments import require_backend
 from experiments import result_files
 from experiments import run_folder
 from experiments import run_settings
+from experiments.distribution.workers import Workers
 from experiments.run_settings import Settings
 
 if TYPE_CHECKING:
@@ -63,6 +66,7 @@ def run(
     dataset: data.Dataset,
     output: Path | str,
     on_steps: Callable[[int], None] = lambda steps: None,
+    workers: Workers = Workers(),
 ) -> list[dict]:
     """Trains one condition, or what is left of it to do.
 
@@ -72,34 +76,43 @@ def run(
         output: folder of all results; the run's own is below it.
         on_steps: called with each number of training steps that is newly
             done; the first call is for those done by an earlier program.
+        workers: the processes that train together, all by this call; the
+            chief alone has a folder.
 
     Returns:
-        The objects in the run's metrics.jsonl.
+        The objects in the run's metrics.jsonl; none if this is not the chief.
 
     Raises:
         ExperimentError: the folder holds a run of other settings, or damaged
             files, or cannot be read or written to.
         KeyboardInterrupt: the run was interrupted; it says how to go on.
     """
-    folder = open_folder(settings, dataset, output)
-    if folder.finished:
+    folder = None
+    if workers.chief:
+        folder = open_folder(settings, dataset, output, workers.replicas)
+    if workers.from_chief(np.array(int(bool(folder and folder.finished)))):
         on_steps(settings.steps)
     else:
-        check_output(settings, output)
+        if folder:
+            check_output(settings, output)
         try:
-            _train(settings, dataset, folder, on_steps)
+            _train(settings, dataset, folder, on_steps, workers)
         except OSError as error:
             raise ExperimentError(
-                f"cannot write to {folder.path} ({error.strerror}): make "
-                "room, or give another output"
+                f"cannot write to {settings.folder(output)} "
+                f"({error.strerror}): make room, or give another output"
             ) from error
         finally:
-            folder.close()
-    return folder.metrics()
+            if folder:
+                folder.close()
+    return folder.metrics() if folder else []
 
 
 def open_folder(
-    settings: Settings, dataset: data.Dataset, output: Path | str
+    settings: Settings,
+    dataset: data.Dataset,
+    output: Path | str,
+    replicas: int = 1,
 ) -> run_folder.RunFolder:
     """Returns the folder of a run, which need not be there yet.
 
@@ -107,7 +120,7 @@ def open_folder(
         ExperimentError: it holds a run of other settings, or damaged files.
     """
     return run_folder.RunFolder(
-        settings.folder(output), describe(settings, dataset)
+        settings.folder(output), describe(settings, dataset, replicas)
     )
 
 
@@ -141,10 +154,13 @@ def _network(settings):
         article.condition(settings.condition),
         layer=settings.layer,
         seed=settings.seed,
+        synchronized=settings.synchronized,
     )
 
 
-def describe(settings: Settings, dataset: data.Dataset) -> dict:
+def describe(
+    settings: Settings, dataset: data.Dataset, replicas: int = 1
+) -> dict:
     """Returns the content of run.json: everything that made the run."""
     import keras
 
@@ -155,6 +171,7 @@ def describe(settings: Settings, dataset: data.Dataset) -> dict:
     device = str(keras.ops.zeros(()).device).rsplit("device:", 1)[-1]
     return {
         **dataclasses.asdict(settings),
+        "replicas": replicas,
         "batch_norm": condition.batch_norm,
         "dropout": condition.dropout,
         "optimizer_epsilon": getattr(optimizer, "epsilon", None),
@@ -187,7 +204,7 @@ def _revision():
         return "unknown"
 
 
-def _train(settings, dataset, folder, on_steps):
+def _train(settings, dataset, folder, on_steps, workers):
     batches = data.Batches(
         dataset,
         settings.batch_size,
@@ -198,7 +215,9 @@ def _train(settings, dataset, folder, on_steps):
     test_images = data.inputs(dataset, settings.input)(dataset.test_images)
     name = f"condition {settings.condition}, seed {settings.seed}"
     model = build(settings)
-    step = saved = folder.resume(model)
+    step = folder.resume(model) if folder else 0
+    step = saved = int(workers.from_chief(np.array(step)))
+    workers.start(model, lambda: build(settings))
     on_steps(step)
     bar = tqdm.tqdm(
         desc=name,
@@ -206,7 +225,7 @@ def _train(settings, dataset, folder, on_steps):
         initial=step * settings.batch_size,
         unit=" images",
         unit_scale=True,
-        disable=None,
+        disable=None if folder else True,
         leave=False,
     )
     try:
@@ -217,14 +236,17 @@ def _train(settings, dataset, folder, on_steps):
             while step < until:
                 raise_if_interrupted()
                 inputs, labels = batches[step]
-                logs = model.train_on_batch(inputs, labels, return_dict=True)
+                logs = workers.train_on_batch(inputs, labels)
                 train.add(logs, len(labels))
                 step += 1
                 on_steps(1)
                 bar.set_postfix(train.values(), refresh=False)
                 bar.update(len(labels))
             trained = time.perf_counter()
-            test = evaluate(model, test_images, dataset.test_labels)
+            workers.collect()
+            test = _evaluate_together(
+                workers, model, test_images, dataset.test_labels
+            )
             metrics = {
                 "step": step,
                 "train_loss": train.values()["loss"],
@@ -238,11 +260,13 @@ def _train(settings, dataset, folder, on_steps):
                 "eval_seconds": time.perf_counter() - trained,
                 "images_per_second": train.count / (trained - began),
             }
-            folder.record(metrics, timing, model)
+            if folder:
+                folder.record(metrics, timing, model)
             saved = step
-        network = _network(settings)
-        network.set_weights(model.get_weights())
-        folder.finish(network)
+        if folder:
+            network = _network(settings)
+            network.set_weights(model.get_weights())
+            folder.finish(network)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{name}: stopped after step {step}; the same command goes on "
@@ -250,6 +274,20 @@ def _train(settings, dataset, folder, on_steps):
         ) from None
     finally:
         bar.close()
+
+
+def _evaluate_together(workers, model, images, labels):
+    """Evaluates with each process a share of the images."""
+    if workers.processes == 1:
+        return evaluate(model, images, labels)
+    share = slice(workers.process, None, workers.processes)
+    count = len(labels[share])
+    sums = np.zeros(3)
+    if count:
+        own = evaluate(model, images[share], labels[share])
+        sums = np.array([own["loss"], own["accuracy"], 1.0]) * count
+    loss, accuracy, total = workers.sum(sums)
+    return {"loss": float(loss / total), "accuracy": float(accuracy / total)}
 
 
 def evaluate(
@@ -297,17 +335,33 @@ def main(argv):
     settings, output = Settings(**given), flags.FLAGS.output
     check_output(settings, output)
     require_backend()
-    dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
-    print(f"{dataset.note} -> {settings.folder(output)}")
-    last = run(settings, dataset, output)[-1]
-    print(f"step {last['step']}: test accuracy {last['test_accuracy']:.4f}")
+    with distribution.join(
+        settings, flags.FLAGS.time_limit, flags.FLAGS.cpu_devices
+    ) as workers:
+        dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
+        if workers.chief:
+            print(f"{dataset.note} -> {settings.folder(output)}", flush=True)
+        metrics = run(settings, dataset, output, workers=workers)
+        if workers.chief:
+            last = metrics[-1]
+            print(
+                f"step {last['step']}: test accuracy "
+                f"{last['test_accuracy']:.4f}"
+            )
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines this program's flags."""
     flags.DEFINE_integer(
         "condition", None, "The article's number, 0 to 11; required."
     )
     flags.DEFINE_integer("seed", 0, "Of kernels, dropout and shuffling.")
+    distribution.define_flags()
     run_settings.define_flags()
+    flags.adopt_module_key_flags(distribution)
     flags.adopt_module_key_flags(run_settings)
+
+
+if __name__ == "__main__":
+    define_flags()
     launch(main)

@@ -283,6 +283,10 @@ def test_points_out_of_view_are_told(tmp_path):
         ("layer", "keras", "keras_bn"),
         ("backend", "jax", "tensorflow"),
         ("dataset_copy", "PNG", "a test's copy"),
+        # Files from before there was a choice are of one device.
+        ("distribution", "ddp", "none"),
+        ("replicas", 2, "1"),
+        ("synchronized", True, "no"),
     ],
 )
 def test_different_settings_are_refused(tmp_path, name, value, shown):

@@ -125,6 +125,9 @@ def test_run_json_says_what_made_the_run(undisturbed):
         "input": "raw",
         "shuffle": False,
         "layer": "keras_bn",
+        "distribution": "none",
+        "replicas": 1,
+        "synchronized": False,
         "dataset": "digits",
         "backend": backend,
     }

@@ -1,0 +1,203 @@
+"""How a run is spread over devices and processes, on the frameworks' engines.
+
+    none            one device
+    mirrored        TensorFlow, `tf.distribute.MirroredStrategy`: all GPUs of
+                    this process, or its logical CPUs
+    multiworker     TensorFlow, `tf.distribute.MultiWorkerMirroredStrategy`:
+                    the processes that TF_CONFIG names
+    data_parallel   JAX, `keras.distribution.DataParallel`: all devices, of
+                    the processes that KERAS_DISTRIBUTION_... name
+    ddp             PyTorch, `DistributedDataParallel`: the processes that
+                    torchrun started
+
+Each replica trains on its share of every batch, whose images are those of
+`none`, and a step is that of the mean loss over the whole batch. The chief,
+which is the first process, keeps the run's folder.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from absl import flags
+
+from experiments import ExperimentError
+from experiments import run_settings
+from experiments import signal_received
+from experiments.distribution.workers import Workers
+
+# How long an interrupted process has to end by itself.
+_GRACE_SECONDS = 5.0
+
+
+def define_flags() -> None:
+    """Defines the flags that say how a run is spread."""
+    flags.DEFINE_enum(
+        "distribution",
+        "none",
+        list(run_settings.DISTRIBUTIONS),
+        "What spreads the run: mirrored and multiworker are TensorFlow's, "
+        "data_parallel is JAX's, ddp is PyTorch's.",
+    )
+    flags.DEFINE_bool(
+        "synchronized",
+        False,
+        "Normalize with the moments of the batch over all replicas.",
+    )
+    flags.DEFINE_float(
+        "time_limit",
+        60.0,
+        "Seconds to wait for another worker, at the start and in every step; "
+        "then the program ends with an error.",
+    )
+    flags.DEFINE_integer(
+        "cpu_devices",
+        None,
+        "Train on so many logical devices of the CPU, to try mirrored and "
+        "data_parallel out.",
+    )
+
+
+@contextlib.contextmanager
+def join(
+    settings: run_settings.Settings,
+    time_limit: float,
+    cpu_devices: int | None = None,
+) -> Iterator[Workers]:
+    """Joins this process to the others of a run, if there are any.
+
+    To be called before the framework has made a tensor.
+
+    Args:
+        settings: what to do.
+        time_limit: seconds to wait for the other processes, whenever they
+            are waited for. When they are over this process says so, and ends.
+        cpu_devices: how many logical devices the CPU is to be, for
+            "mirrored" and "data_parallel".
+
+    Raises:
+        ExperimentError: the distribution is another backend's, the launch
+            does not say who takes part, the others cannot be reached, or the
+            batch has fewer images than there are replicas.
+    """
+    _check(settings, time_limit, cpu_devices)
+    with contextlib.ExitStack() as stack:
+        workers = _workers(settings.distribution, time_limit, cpu_devices)
+        if workers.processes > 1:
+            # TensorFlow and JAX have taken SIGTERM for their own ends.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.getsignal(number))
+            _end_though_waiting()
+            stack.enter_context(_leaving_at_once())
+        _check_batch(settings, workers.replicas)
+        yield workers
+        workers.leave()
+
+
+def _check(settings, time_limit, cpu_devices):
+    import keras
+
+    name, backend = settings.distribution, keras.backend.backend()
+    wanted = run_settings.DISTRIBUTIONS[name]
+    if wanted not in (None, backend):
+        raise ExperimentError(
+            f"distribution={name} runs on the backend {wanted}: set "
+            f"KERAS_BACKEND={wanted}, or give another. Received: {backend}"
+        )
+    if not time_limit > 0:
+        raise ExperimentError(
+            "time_limit is a positive number of seconds. Received: "
+            f"time_limit={time_limit}"
+        )
+    if cpu_devices is not None and (
+        cpu_devices < 1 or name not in ("mirrored", "data_parallel")
+    ):
+        raise ExperimentError(
+            "cpu_devices is at least 1, for mirrored and data_parallel. "
+            f"Received: cpu_devices={cpu_devices}, distribution={name}"
+        )
+
+
+def _workers(name, time_limit, cpu_devices):
+    if name == "mirrored":
+        from experiments.distribution import tensorflow
+
+        return tensorflow.mirrored(cpu_devices)
+    if name == "multiworker":
+        from experiments.distribution import tensorflow
+
+        return tensorflow.multiworker(time_limit)
+    if name == "data_parallel":
+        from experiments.distribution import jax
+
+        return jax.data_parallel(time_limit, cpu_devices)
+    if name == "ddp":
+        from experiments.distribution import torch
+
+        return torch.ddp(time_limit)
+    return Workers()
+
+
+def _check_batch(settings, replicas):
+    size, name = settings.batch_size, settings.distribution
+    if size < replicas:
+        raise ExperimentError(
+            f"each of the {replicas} replicas needs an image of every batch: "
+            f"give a larger one. Received: batch_size={size}"
+        )
+    if name == "data_parallel" and size % replicas:
+        raise ExperimentError(
+            f"data_parallel cuts a batch into {replicas} equal shares: give a "
+            f"multiple of {replicas}. Received: batch_size={size}"
+        )
+
+
+def _end_though_waiting():
+    """Has a signal end this process though it waits in native code.
+
+    Python's own handler comes when that returns: TensorFlow would go on
+    waiting for a worker that the same Ctrl-C has ended.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+
+    def end():
+        number = os.read(read, 1)[0]
+        time.sleep(_GRACE_SECONDS)
+        print(
+            "interrupted: the same command goes on from the last evaluation",
+            file=sys.stderr,
+        )
+        _exit(128 + number)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _leaving_at_once():
+    """Has a process that fails end without taking leave of the others.
+
+    The frameworks would wait for processes that may be waiting for this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = 1
+        if isinstance(error, KeyboardInterrupt):
+            code = 128 + signal_received()
+        atexit.register(_exit, code)
+        raise
+
+
+def _exit(code):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
