@@ -96,7 +96,8 @@ def gradients(
     """Gradients of the inputs, gamma and beta, differentiable once more.
 
     With `replicas` the moments are those of all, and what comes through them
-    too; the gradients of gamma and beta are those of this one.
+    too; the gradients of gamma and beta are those of this one. Whichever way
+    a replica takes, it sends the same two sums in the same order.
     """
     rank = inputs.shape.rank
     reduced = [i for i in range(rank) if i != axis]
@@ -128,7 +129,7 @@ def gradients(
         weighted = tf.math.multiply_no_nan(normalized, dy)
         gamma_gradient = tf.reduce_sum(weighted, reduced)
         beta_gradient = tf.reduce_sum(dy, reduced)
-        through_mean, slope = means(beta_gradient, gamma_gradient)
+        slope, through_mean = means(gamma_gradient, beta_gradient)
         through_moments = along(axis, through_mean, rank)
         through_moments += normalized * along(axis, slope, rank)
         if mask is not None:

@@ -77,10 +77,12 @@ def gradients(
     gamma_gradient = (dy * normalized).sum(reduced)
     beta_gradient = dy.sum(reduced)
     if count is not None:
-        sums = torch.stack([beta_gradient, gamma_gradient])
+        # In the order of the native kernels: a replica without samples, which
+        # takes this way, meets those that have some.
+        sums = torch.stack([gamma_gradient, beta_gradient])
         if replicas is not None:
             sums = replicas.total(sums)
-        shift, slope = sums / at_least_one(count)
+        slope, shift = sums / at_least_one(count)
         through_moments = along(axis, shift, inputs)
         through_moments = through_moments + normalized * along(
             axis, slope, inputs
