@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import keras
 import numpy as np
 
 import keras_bn
+from keras_bn import kernels
 
 ROOT = Path(__file__).parents[2]
 BACKEND = keras.backend.backend()
@@ -100,11 +102,14 @@ class Trained:
     Attributes:
         outputs, input_gradients: `(steps, samples, ...)`.
         weights: all weights in the end.
+        collectives: how many sums over replicas the layer takes part in, in a
+            step; 0 for one device.
     """
 
     outputs: np.ndarray
     input_gradients: np.ndarray
     weights: list
+    collectives: int = 0
 
 
 def train(cases, replicas, folder, processes=1):
@@ -169,6 +174,27 @@ def train(cases, replicas, folder, processes=1):
     ]
 
 
+def count_collectives(compiled):
+    """How many there are in a program that JAX compiled."""
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute"
+    return len(re.findall(rf"({kinds})(-start)?\(", compiled.as_text()))
+
+
+def _counted(owner, name):
+    """A list that each call of the function of that name is added to."""
+    function = getattr(owner, name)
+    function = getattr(function, "counted", function)
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    counted.counted = function
+    setattr(owner, name, counted)
+    return calls
+
+
 def _free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -228,9 +254,10 @@ def _on_tensorflow(cases, replicas, processes, rank):
             lambda *batch: strategy.run(steps(case, layer), batch),
             reduce_retracing=True,
         )
+        sums = _counted(kernels.tensorflow.replicas.Replicas, "total")
         values = strategy.experimental_distribute_values_from_function
         local = strategy.experimental_local_results
-        results = []
+        results, collectives = [], None
         for i in range(case.steps):
             of_step = [
                 values(
@@ -243,6 +270,9 @@ def _on_tensorflow(cases, replicas, processes, rank):
                 for k in range(3)
             ]
             results.append([local(r) for r in step(*of_step)])
+            if collectives is None:
+                # As many as are put into the graph.
+                collectives = len(sums) // len(mine)
         weights = [local(w.value) for w in layer.weights]
         return [
             Trained(
@@ -251,6 +281,7 @@ def _on_tensorflow(cases, replicas, processes, rank):
                     for k in range(2)
                 ),
                 [np.asarray(w[n]) for w in weights],
+                collectives,
             )
             for n in range(len(mine))
         ]
@@ -302,7 +333,7 @@ def _on_jax(cases, replicas, processes, rank):
             )
         )
 
-    def trained(layer, weights, results):
+    def trained(layer, weights, results, collectives=0):
         kinds = layer.trainable_variables, layer.non_trainable_variables
         by_id = {
             id(variable): np.asarray(value)
@@ -311,7 +342,7 @@ def _on_jax(cases, replicas, processes, rank):
         }
         outputs, gradients = map(np.asarray, results)
         weights = [by_id[id(w)] for w in layer.weights]
-        return Trained(outputs, gradients, weights)
+        return Trained(outputs, gradients, weights, collectives)
 
     def whole(case):
         layer = case.layer()
@@ -336,9 +367,10 @@ def _on_jax(cases, replicas, processes, rank):
             jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
             for x in case.batch()
         ]
-        weights, results = run(
-            jax.tree.map(np.asarray, weights_of(layer)), batch
-        )
+        weights = jax.tree.map(np.asarray, weights_of(layer))
+        compiled = run.lower(weights, batch).compile()
+        collectives = count_collectives(compiled)
+        weights, results = compiled(weights, batch)
         found = []
         for i in range(len(results[0].addressable_shards)):
 
@@ -348,7 +380,9 @@ def _on_jax(cases, replicas, processes, rank):
             weights_here, results_here = jax.tree.map(
                 of_device, (weights, results)
             )
-            found.append(trained(layer, weights_here, results_here))
+            found.append(
+                trained(layer, weights_here, results_here, collectives)
+            )
         return found
 
     return whole, on_replicas
@@ -383,6 +417,7 @@ def _on_torch(cases, replicas, processes, rank):
         if replica is not None:
             module = torch.nn.parallel.DistributedDataParallel(module)
         outputs, gradients = [], []
+        sums = _counted(torch.distributed, "all_reduce")
         for inputs, output_gradient, mask in zip(*case.batch(replica)):
             inputs = torch.tensor(inputs, requires_grad=True)
             result = module(inputs, torch.tensor(mask)).float()
@@ -398,7 +433,11 @@ def _on_torch(cases, replicas, processes, rank):
             outputs.append(result.detach().numpy())
             gradients.append(inputs.grad.numpy())
         return Trained(
-            np.stack(outputs), np.stack(gradients), layer.get_weights()
+            np.stack(outputs),
+            np.stack(gradients),
+            layer.get_weights(),
+            # Beside the comparison of sizes in the first step.
+            len(sums) // case.steps,
         )
 
     def whole(case):
