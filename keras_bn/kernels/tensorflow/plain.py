@@ -136,10 +136,10 @@ def gradients(
             through_moments = tf.where(mask, through_moments, 0.0)
         return dy - through_moments, inverse, gamma_gradient, beta_gradient
 
-    # A custom gradient ties its results to its arguments until the graph is
-    # optimized. Were gamma one of them, TensorFlow would take its gradient for
-    # computed from it, and no longer wait for its other readers before an
-    # optimizer in the same graph writes to it.
+    # A custom gradient ties its results to each other until the graph is
+    # optimized. Were one of them computed from gamma, TensorFlow would take
+    # gamma's gradient for computed from it too, and no longer wait for the
+    # other readers of gamma before an optimizer in the same graph writes to it.
     @tf.custom_gradient
     def without_gamma(*sources):
         def second(*upstream):

@@ -290,3 +290,47 @@ def test_no_channels():
         input_signature=[tf.TensorSpec([None, 0])],
     )
     assert step(tf.ones([4, 0])).shape == (4, 0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"renorm": True}, {"virtual_batch_size": 3}, {"dtype": "float64"}],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(7, 6, 5), (16, 64, 64, 4)])
+def test_an_optimizer_in_the_graph_waits_for_the_outputs(
+    shape, arguments, masked
+):
+    """TensorFlow may reorder a graph: gamma's gradient does not need gamma."""
+    generator = np.random.default_rng(0)
+    bn = keras_bn.BatchNormalization(**arguments)
+    bn.build(shape)
+    inputs, output_gradient = (
+        tf.constant(generator.normal(size=shape), bn.compute_dtype)
+        for _ in range(2)
+    )
+    mask = tf.constant(generator.random(shape[:-1]) < 0.6) if masked else None
+
+    def outputs(inputs):
+        return bn(inputs, training=True, mask=mask)
+
+    @tf.function
+    def step(inputs, output_gradient):
+        weights = [bn.gamma.value, bn.beta.value]
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            result = outputs(inputs)
+        of_inputs, *gradients = tape.gradient(
+            result, [inputs, *weights], output_gradient
+        )
+        for weight, gradient in zip(weights, gradients):
+            weight.assign_sub(gradient)
+        return result, of_inputs
+
+    before = bn.get_weights()
+    expected = outputs(inputs)
+    for _ in range(3):
+        bn.set_weights(before)
+        found, _ = step(inputs, output_gradient)
+        np.testing.assert_allclose(found, expected, 1e-3, 1e-3)
