@@ -8,6 +8,7 @@ from keras_bn.kernels.jax.gradients import as_moments_of
 from keras_bn.kernels.jax.gradients import normalize_with_moments
 from keras_bn.kernels.jax.moments import count_positions
 from keras_bn.kernels.jax.moments import moments_of
+from keras_bn.kernels.jax.moments import moments_of_parts
 from keras_bn.kernels.jax.replicas import data_parallel_mesh
 from keras_bn.kernels.jax.replicas import merge
 from keras_bn.kernels.jax.replicas import on_shards
@@ -34,7 +35,7 @@ def batch_moments(inputs, *, axis, mask=None, replicas=None):
 
     def moments(replicas, inputs, mask):
         count = count_positions(inputs, mask, axis)
-        mean, variance = moments_of(inputs, count, mask, axis)
+        mean, variance = moments_of(inputs, mask, axis)
         if replicas is None:
             return mean, variance, count
         return merge(replicas, mean, variance, count)
@@ -181,9 +182,10 @@ def normalize_ghost_batches(
         with a row for each part.
     """
 
-    def normalize(inputs, mask):
+    def normalize(inputs, mask, moments):
+        moments = *moments, count_positions(inputs, mask, axis)
         outputs, mean, variance, count = _normalize_batch(
-            inputs, gamma, beta, axis, epsilon, mask, None, None
+            inputs, gamma, beta, axis, epsilon, mask, moments, None
         )
         count = jnp.asarray(count, mean.dtype)
         return outputs, mean, variance, jnp.broadcast_to(count, mean.shape)
@@ -202,13 +204,15 @@ def normalize_ghost_batches(
         if number * length:
             x = pick(inputs, start, number, length)
             kept = pick(mask, start, number, length) if of_samples else mask
+            moments = moments_of_parts(lax.stop_gradient(x), kept, axis)
             outputs, *moments = jax.vmap(
-                normalize, (0, 0 if of_samples else None)
-            )(x, kept)
+                normalize, (0, 0 if of_samples else None, 0)
+            )(x, kept, moments)
             outputs = outputs.reshape(-1, *inputs.shape[1:])
             results.append((outputs, *moments))
     if not results:
-        outputs, *moments = normalize(inputs, mask)
+        moments = moments_of(inputs, mask, axis)
+        outputs, *moments = normalize(inputs, mask, moments)
         return outputs, *(moment[None] for moment in moments)
     if len(results) == 1:
         return results[0]

@@ -21,6 +21,7 @@ long sums low.
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -55,27 +56,41 @@ def count_positions(inputs, mask, axis):
     return jnp.broadcast_to(count, (inputs.shape[axis],))
 
 
-def moments_of(inputs, count, mask, axis):
+def moments_of(inputs, mask, axis):
     """Mean and biased variance by at most two passes of shifted sums."""
     if inputs.size == 0:
         zeros = jnp.zeros((inputs.shape[axis],), moments_dtype(inputs))
         return zeros, zeros
-    # An int is no constant of the branches below: inside `shard_map` one that
-    # all devices share cannot be mapped over.
-    known = isinstance(count, int)
-    divisor = max(count, 1) if known else jnp.maximum(count, 1)
 
     def around(shift):
-        deviation = deviation_from(inputs, shift, axis)
-        if mask is not None:
-            deviation = jnp.where(mask, deviation, 0)
-        first, second = paired_sums(deviation, jnp.square(deviation), axis)
-        offset = first / divisor
-        variance = jnp.maximum(second / divisor - jnp.square(offset), 0)
-        mean = jnp.where(count > 0, shift + offset, 0)
-        return mean, variance, offset
+        return _moments_around(shift, inputs, mask, axis)
 
-    mean, variance, offset = around(_shift(inputs, mask, axis))
+    return _again_if_far(around, _shift(inputs, mask, axis))
+
+
+def moments_of_parts(parts, mask, axis):
+    """The moments of each of `parts`, stacked along a new first dimension.
+
+    `mask` has that dimension too, unless it is the same for all. One question
+    is asked for all parts: mapped over, a condition takes both of its ways.
+    """
+    of_mask = 0 if mask is not None and mask.ndim == parts.ndim else None
+
+    def of_each(function, *shift):
+        def of_part(part, mask, *shift):
+            return function(*shift, part, mask, axis)
+
+        in_axes = (0, of_mask, *[0] * len(shift))
+        return jax.vmap(of_part, in_axes)(parts, mask, *shift)
+
+    def around(shift):
+        return of_each(_moments_around, shift)
+
+    return _again_if_far(around, of_each(_shift))
+
+
+def _again_if_far(around, shift):
+    mean, variance, offset = around(shift)
     shift_is_far = jnp.square(offset) > _SHIFT_TOLERANCE**2 * variance
     # The mean of equal elements may be off by rounding, and so may the shift.
     rounding = 8 * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
@@ -85,6 +100,23 @@ def moments_of(inputs, count, mask, axis):
         lambda: around(jnp.where(jnp.isfinite(mean), mean, 0))[:2],
         lambda: (mean, variance),
     )
+
+
+def _moments_around(shift, inputs, mask, axis):
+    """Mean and variance, and how far the mean is from the shift."""
+    count = count_positions(inputs, mask, axis)
+    # An int is no constant of a condition's ways: inside `shard_map` one that
+    # all devices share cannot be mapped over.
+    known = isinstance(count, int)
+    divisor = max(count, 1) if known else jnp.maximum(count, 1)
+    deviation = deviation_from(inputs, shift, axis)
+    if mask is not None:
+        deviation = jnp.where(mask, deviation, 0)
+    first, second = paired_sums(deviation, jnp.square(deviation), axis)
+    offset = first / divisor
+    variance = jnp.maximum(second / divisor - jnp.square(offset), 0)
+    mean = jnp.where(count > 0, shift + offset, 0)
+    return mean, variance, offset
 
 
 def _shift(inputs, mask, axis):
