@@ -1,10 +1,15 @@
 """Batch normalization for Keras 3."""
 
+import keras
+
 from keras_bn.layer import BatchNormalization
 from keras_bn.renorm_schedule import renorm_schedule
 from keras_bn.surgery.freeze import freeze
 from keras_bn.surgery.freeze import reset_statistics
 from keras_bn.surgery.freeze import thaw
+
+if keras.backend.backend() == "torch":
+    from keras_bn import torch_module  # noqa: F401
 
 __all__ = [
     "BatchNormalization",

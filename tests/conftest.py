@@ -27,6 +27,8 @@ collect_ignore = [
     )
     if backend != keras.backend.backend()
 ]
+if keras.backend.backend() != "torch":
+    collect_ignore.append("keras_bn/test_torch_module.py")
 
 # The same cases in every run, whatever the machine's speed. JAX compiles each
 # of them anew, which takes a hundred times as long as running it.
