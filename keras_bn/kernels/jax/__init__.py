@@ -119,18 +119,6 @@ def _normalize_batch(
         gamma = jnp.where(True, gamma, mean)
     if beta is not None:
         beta = jnp.where(True, beta, mean)
-    outputs = normalize_with_moments(
-        inputs,
-        gamma,
-        beta,
-        mean,
-        variance,
-        jnp.asarray(count, mean.dtype),
-        mask,
-        axis,
-        epsilon,
-        replicas,
-    )
     mean, variance = as_moments_of(
         inputs,
         mean,
@@ -139,6 +127,9 @@ def _normalize_batch(
         mask,
         axis,
         replicas,
+    )
+    outputs = normalize_with_moments(
+        inputs, gamma, beta, mean, variance, mask, axis, epsilon, replicas
     )
     return outputs, mean, variance, count
 

@@ -1,6 +1,11 @@
-"""The training road: normalization whose backward pass is written out.
+"""The training road: normalization whose derivatives are written out.
 
-What is saved for it is the inputs, the mask and vectors.
+They are written as forward mode has them: what changes in the result as the
+arguments change, a linear map. JAX turns it around for reverse mode. Left to
+itself JAX would keep the deviations from the mean for that, and sum over them
+twice; so the one large step of the map, `_spread`, says itself what its inverse
+direction is, `_sums`, and the other way round. What is saved is the inputs, the
+mask and vectors.
 """
 
 import functools
@@ -13,142 +18,137 @@ from keras_bn.kernels.jax.moments import paired_sums
 from keras_bn.kernels.jax.views import along
 from keras_bn.kernels.jax.views import deviation_from
 from keras_bn.kernels.jax.views import normalized
+from keras_bn.kernels.jax.views import reduced_axes
+from keras_bn.kernels.jax.views import scale_factor
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def normalize_with_moments(
-    inputs, gamma, beta, mean, variance, count, mask, axis, epsilon, replicas
-):
-    """Normalizes `inputs` with their own moments, taken beforehand.
-
-    With `replicas` they are the moments of all replicas' inputs.
-    """
-    return normalized(inputs, mean, variance, gamma, beta, axis, epsilon)
-
-
-def _normalize_forward(
-    inputs, gamma, beta, mean, variance, count, mask, axis, epsilon, replicas
-):
-    mean, variance = as_moments_of(
-        inputs, mean, variance, count, mask, axis, replicas
-    )
-    outputs = normalized(inputs, mean, variance, gamma, beta, axis, epsilon)
-    inverse = lax.rsqrt(variance + epsilon)
-    residuals = inputs, gamma, beta, mean, inverse, count, mask
-    return outputs, residuals
-
-
-def _normalize_backward(axis, epsilon, replicas, residuals, output_gradient):
-    inputs, gamma, beta, mean, inverse, count, mask = residuals
-    center = replicas.varying(mean) if replicas else mean
-    sums = own = _gradient_sums(output_gradient, inputs, center, mask, axis)
-    if replicas:
-        sums = replicas.total(jnp.stack(own))
-
-    def gradient_of(vector, which):
-        """A parameter's: of this replica, unless JAX wants that of all."""
-        if vector is None:
-            return None
-        of_all = replicas and replicas.is_shared(vector)
-        gradient = (sums if of_all else own)[which]
-        return (gradient * inverse if which else gradient).astype(vector.dtype)
-
-    gradient_sum, projection = sums[0], sums[1] * inverse
-    divisor = jnp.maximum(count, 1)
-    factor = inverse if gamma is None else gamma * inverse
-    constant = gradient_sum / divisor
-    slope = projection * inverse / divisor
-
-    through_moments = deviation_from(inputs, mean, axis) * along(
-        axis, slope, inputs.ndim
-    ) + along(axis, constant, inputs.ndim)
-    if mask is not None:
-        through_moments = jnp.where(mask, through_moments, 0)
-    input_gradient = (
-        output_gradient.astype(mean.dtype) - through_moments
-    ) * along(axis, factor, inputs.ndim)
-    return (
-        input_gradient.astype(inputs.dtype),
-        gradient_of(gamma, 1),
-        gradient_of(beta, 0),
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-normalize_with_moments.defvjp(_normalize_forward, _normalize_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _gradient_sums(output_gradient, inputs, mean, mask, axis):
-    """Per channel, sums of the gradient and of gradient * deviation."""
-    gradient = output_gradient.astype(mean.dtype)
-    deviation = _counted_deviation(inputs, mean, mask, axis)
-    return paired_sums(gradient, gradient * deviation, axis)
-
-
-def _counted_deviation(inputs, mean, mask, axis):
-    deviation = deviation_from(inputs, mean, axis)
-    if mask is None:
-        return deviation
-    # A NaN or infinity under the mask would make NaN of a gradient of 0.
-    return jnp.where(mask | jnp.isfinite(deviation), deviation, 0)
-
-
-def _gradient_sums_forward(output_gradient, inputs, mean, mask, axis):
-    sums = _gradient_sums(output_gradient, inputs, mean, mask, axis)
-    return sums, (output_gradient, inputs, mean, mask, sums[0])
-
-
-def _gradient_sums_backward(axis, residuals, cotangents):
-    output_gradient, inputs, mean, mask, gradient_sum = residuals
-    of_sum, of_projection = (along(axis, c, inputs.ndim) for c in cotangents)
-    deviation = _counted_deviation(inputs, mean, mask, axis)
-    to_gradient = of_sum + of_projection * deviation
-    to_inputs = of_projection * output_gradient.astype(mean.dtype)
-    return (
-        to_gradient.astype(output_gradient.dtype),
-        to_inputs.astype(inputs.dtype),
-        -cotangents[1] * gradient_sum,
-        None,
-    )
-
-
-_gradient_sums.defvjp(_gradient_sums_forward, _gradient_sums_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def as_moments_of(inputs, mean, variance, count, mask, axis, replicas):
     """`mean` and `variance`, with the derivatives of the inputs' moments.
 
-    Only derivatives of the backward pass come through here.
+    With `replicas` they are the moments of all replicas' inputs.
     """
     return mean, variance
 
 
-def _as_moments_of_forward(
-    inputs, mean, variance, count, mask, axis, replicas
-):
-    moments = as_moments_of(
+@as_moments_of.defjvp
+def _as_moments_of_jvp(axis, replicas, primals, tangents):
+    inputs, mean, variance, count, mask = primals
+    mean, variance = as_moments_of(
         inputs, mean, variance, count, mask, axis, replicas
     )
-    return moments, (inputs, moments[0], count, mask)
-
-
-def _as_moments_of_backward(axis, replicas, residuals, cotangents):
-    inputs, mean, count, mask = residuals
+    center = replicas.varying(mean) if replicas else mean
+    change = tangents[0].astype(mean.dtype)
+    sums = _sums(change, inputs, center, mask, axis)
     if replicas:
-        cotangents = map(replicas.total_of_parts, cotangents)
-    divisor = jnp.maximum(count, 1)
-    of_mean, of_variance = (
-        along(axis, c / divisor, inputs.ndim) for c in cotangents
-    )
-    to_inputs = of_mean + 2 * of_variance * deviation_from(inputs, mean, axis)
-    if mask is not None:
-        to_inputs = jnp.where(mask, to_inputs, 0)
-    return to_inputs.astype(inputs.dtype), None, None, None, None
+        sums = replicas.total(sums)
+    of_mean, half = sums * (1 / jnp.maximum(count, 1))
+    return (mean, variance), (of_mean, half + half)
 
 
-as_moments_of.defvjp(_as_moments_of_forward, _as_moments_of_backward)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7, 8))
+def normalize_with_moments(
+    inputs, gamma, beta, mean, variance, mask, axis, epsilon, replicas
+):
+    """Normalizes `inputs` with moments from `as_moments_of`."""
+    return normalized(inputs, mean, variance, gamma, beta, axis, epsilon)
+
+
+@normalize_with_moments.defjvp
+def _normalize_jvp(axis, epsilon, replicas, primals, tangents):
+    inputs, gamma, beta, mean, variance, mask = primals
+    of_inputs, of_gamma, of_beta, of_mean, of_variance, _ = tangents
+    inverse = lax.rsqrt(variance + epsilon)
+    factor = scale_factor(variance, gamma, epsilon)
+    offset = of_mean * -factor
+    slope = of_variance * (factor * jnp.square(inverse) / -2)
+    if gamma is not None:
+        slope = slope + of_gamma * inverse
+    if beta is not None:
+        offset = offset + of_beta
+    coefficients = jnp.stack([offset, slope])
+    if replicas:
+        mean, coefficients = map(replicas.varying, (mean, coefficients))
+    change = of_inputs.astype(mean.dtype) * along(axis, factor, inputs.ndim)
+    change = change + _spread(coefficients, inputs, mean, mask, axis)
+    outputs = normalize_with_moments(*primals, axis, epsilon, replicas)
+    return outputs, change.astype(inputs.dtype)
+
+
+def _spread(coefficients, inputs, mean, mask, axis):
+    """`offset + slope * deviation`, from both, stacked; linear in them."""
+    # All that `custom_linear_solve` is given has to depend on what is linear.
+    zero = jnp.broadcast_to(jnp.sum(coefficients[:0]), inputs.shape)
+    forth, _, by_spread, by_sums = _equations(inputs, mean, mask, None, axis)
+    return lax.custom_linear_solve(
+        forth, (zero, coefficients), by_spread, by_sums
+    )[0]
+
+
+def _sums(change, inputs, mean, mask, axis):
+    """Per channel, sums of `change` and of `change * deviation`, stacked.
+
+    Of what the mask keeps.
+    """
+    reduced = reduced_axes(inputs, axis)
+    nothing = lax.slice_in_dim(change, 0, 0, axis=reduced[0])
+    zero = jnp.stack([jnp.sum(nothing, reduced)] * 2)
+    _, back, by_spread, by_sums = _equations(inputs, mean, mask, mask, axis)
+    return lax.custom_linear_solve(back, (change, zero), by_sums, by_spread)[1]
+
+
+def _equations(inputs, mean, mask, kept, axis):
+    """`_spread` and `_sums` as the solutions of linear equations.
+
+    `jax.lax.custom_linear_solve` is JAX's public way to a linear function with
+    a transpose of one's own that has derivatives of any order in either mode.
+    With S for the spread, the equations `x - S(y) = a, y = b` are solved by
+    `x = a + S(b), y = b`, and their transposes by the sums. Derivatives by
+    `inputs` and `mean` are taken of the equations, which plain operations state.
+
+    Args:
+        inputs, mean, mask, axis: as in `_spread`.
+        kept: None, or the mask outside of which the spread is 0.
+
+    Returns:
+        The equations of the spread, those of the sums, and how each is solved.
+    """
+
+    def deviation():
+        deviation = deviation_from(inputs, mean, axis)
+        if mask is None:
+            return deviation
+        # A NaN or infinity under the mask would make NaN of a change of 0.
+        return jnp.where(mask | jnp.isfinite(deviation), deviation, 0)
+
+    def spread(coefficients):
+        offset, slope = (along(axis, c, inputs.ndim) for c in coefficients)
+        change = offset + slope * deviation()
+        return change if kept is None else jnp.where(kept, change, 0)
+
+    def pair(change):
+        if kept is not None:
+            change = jnp.where(kept, change, 0)
+        return change, change * deviation()
+
+    def plain_sums(change):
+        reduced = reduced_axes(inputs, axis)
+        return jnp.stack([jnp.sum(x, reduced) for x in pair(change)])
+
+    # What turns these around is not to keep the deviation for it.
+    checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
+
+    def forth(unknown):
+        return unknown[0] - checkpoint(spread)(unknown[1]), unknown[1]
+
+    def back(unknown):
+        return unknown[0], unknown[1] - checkpoint(plain_sums)(unknown[0])
+
+    def by_spread(_, known):
+        return known[0] + spread(known[1]), known[1]
+
+    def by_sums(_, known):
+        sums = paired_sums(*pair(known[0]), axis)
+        return known[0], known[1] + jnp.stack(sums)
+
+    return forth, back, by_spread, by_sums
