@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from keras_bn.kernels.jax.gradients import as_moments_of
 from keras_bn.kernels.jax.gradients import normalize_with_moments
 from keras_bn.kernels.jax.moments import count_positions
 from keras_bn.kernels.jax.moments import moments_of
@@ -119,17 +118,17 @@ def _normalize_batch(
         gamma = jnp.where(True, gamma, mean)
     if beta is not None:
         beta = jnp.where(True, beta, mean)
-    mean, variance = as_moments_of(
+    outputs, mean, variance = normalize_with_moments(
         inputs,
+        gamma,
+        beta,
         mean,
         variance,
         jnp.asarray(count, mean.dtype),
         mask,
         axis,
+        epsilon,
         replicas,
-    )
-    outputs = normalize_with_moments(
-        inputs, gamma, beta, mean, variance, mask, axis, epsilon, replicas
     )
     return outputs, mean, variance, count
 
