@@ -390,7 +390,7 @@ class BatchNormalization(keras.layers.Layer):
                 )
         if mode.normalizes_with_batch:
             outputs = by_batch
-        if mode.updates:
+        if mode.updates and not kernels.is_recomputation():
             self._take_in(*moments, replicas)
         return ops.cast(outputs, self.compute_dtype)
 

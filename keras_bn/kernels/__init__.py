@@ -38,6 +38,10 @@ mask=None)`
 `normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon)`
     `outputs`, normalized with moments that do not depend on `inputs`.
 
+`is_recomputation()`
+    Whether the call is known to repeat a forward pass for the backward one,
+    as gradient checkpointing does.
+
 `axis` is an int in `[0, rank)`. `gamma` and `beta` may be None and are
 otherwise `(channels,)` in the dtype of the moments. `mask` is boolean, of the
 rank of `inputs`, broadcastable to it: False positions are normalized like the
@@ -48,12 +52,14 @@ import keras
 
 if keras.backend.backend() == "tensorflow":
     from keras_bn.kernels.tensorflow import batch_moments
+    from keras_bn.kernels.tensorflow import is_recomputation
     from keras_bn.kernels.tensorflow import normalize_batch
     from keras_bn.kernels.tensorflow import normalize_ghost_batches
     from keras_bn.kernels.tensorflow import normalize_with
     from keras_bn.kernels.tensorflow.replicas import find_replicas
 elif keras.backend.backend() == "jax":
     from keras_bn.kernels.jax import batch_moments
+    from keras_bn.kernels.jax import is_recomputation
     from keras_bn.kernels.jax import normalize_batch
     from keras_bn.kernels.jax import normalize_ghost_batches
     from keras_bn.kernels.jax import normalize_with
@@ -63,6 +69,7 @@ elif keras.backend.backend() == "torch":
     from keras_bn.kernels.torch import normalize_batch
     from keras_bn.kernels.torch import normalize_ghost_batches
     from keras_bn.kernels.torch import normalize_with
+    from keras_bn.kernels.torch.checkpointing import is_recomputation
     from keras_bn.kernels.torch.replicas import find_replicas
 else:
     raise ImportError(
@@ -74,6 +81,7 @@ else:
 __all__ = [
     "batch_moments",
     "find_replicas",
+    "is_recomputation",
     "normalize_batch",
     "normalize_ghost_batches",
     "normalize_with",

@@ -47,26 +47,9 @@ class Replicas:
         table = jnp.zeros((self.number, row.size), row.dtype)
         return self.total(table.at[index].set(row))
 
-    def is_shared(self, x):
-        """Whether JAX knows that `x` is the same on all replicas.
-
-        The gradient of such a tensor is expected to be the whole one.
-        """
-        return self._are_told_apart() and not self._varied(x)
-
-    def total_of_parts(self, gradient):
-        """The gradient of what is the same everywhere, from that of each.
-
-        Where JAX keeps account of what differs it has done this itself.
-        """
-        return gradient if self._are_told_apart() else self.total(gradient)
-
     def _are_told_apart(self):
         """Whether `shard_map` checks what differs between replicas."""
         return bool(_varying_axes(lax.axis_index(self.axes)))
-
-    def _varied(self, x):
-        return _varying_axes(x) & set(self.axes)
 
     def varying(self, x):
         if not self._are_told_apart():

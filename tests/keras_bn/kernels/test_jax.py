@@ -14,8 +14,10 @@ if keras.backend.backend() != "jax":
 
 import jax.numpy as jnp  # noqa: E402
 
+import keras_bn  # noqa: E402
 from keras_bn.kernels import jax as kernels  # noqa: E402
 from keras_bn.kernels import reference  # noqa: E402
+from keras_bn.kernels.jax.replicas import Replicas  # noqa: E402
 
 EPSILON = 1e-3
 
@@ -101,6 +103,125 @@ def _sum_of_gradients(function):
     return lambda *a: sum(
         jnp.sum(jnp.cos(g) * g) for g in jax.grad(function, (0, 1, 2))(*a)
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked"), [("float32", False), ("float64", True)]
+)
+def test_forward_mode(dtype, masked):
+    """As Keras's layer; in float64, where that is off by 3e-7, as a formula."""
+    with jax.enable_x64(dtype == "float64"):
+        tolerance = 2e-4 if dtype == "float32" else 1e-11
+        inputs, direction = (
+            jnp.asarray(_random((6, 5, 3), seed), dtype) for seed in (0, 1)
+        )
+        mask = jnp.asarray(_random((6, 5), 2) > -0.5) if masked else None
+        vectors = [jnp.asarray(_random(3, seed), dtype) for seed in (3, 4)]
+
+        def outputs_of(layer):
+            layer.build(inputs.shape)
+            state = [v.value for v in layer.non_trainable_variables]
+
+            def outputs(inputs, *parameters):
+                return layer.stateless_call(
+                    list(parameters), state, inputs, training=True, mask=mask
+                )
+
+            return outputs
+
+        def formula(inputs, gamma, beta):
+            kept = jnp.ones((6, 5)) > 0 if mask is None else mask
+            kept = kept[..., None]
+            mean = jnp.mean(inputs, (0, 1), where=kept)
+            variance = jnp.var(inputs, (0, 1), where=kept)
+            outputs = (inputs - mean) / jnp.sqrt(variance + EPSILON)
+            state = mean * 0.01, variance * 0.01 + 0.99
+            return outputs * gamma + beta, list(state)
+
+        ours = outputs_of(
+            keras_bn.BatchNormalization(epsilon=EPSILON, dtype=dtype)
+        )
+        if dtype == "float32":
+            other = outputs_of(keras.layers.BatchNormalization(epsilon=EPSILON))
+        else:
+            other = formula
+        arguments = inputs, *vectors
+        changes = direction, *reversed(vectors)
+
+        def derivatives(outputs):
+            def loss(inputs):
+                return jnp.sum(outputs(inputs, *vectors)[0] * direction)
+
+            yield jax.jvp(outputs, arguments, changes)[1]
+            yield jax.linearize(outputs, *arguments)[1](*changes)
+            yield jax.jacfwd(outputs, (0, 1, 2))(*arguments)
+            yield jax.jit(jax.hessian(loss))(inputs)
+            yield jax.jacrev(jax.grad(loss))(inputs)
+            yield jax.grad(
+                lambda x: jnp.sum(jax.jvp(loss, (x,), (direction,))[1] ** 2)
+            )(inputs)
+
+        for right, found in zip(derivatives(other), derivatives(ours)):
+            for x, y in zip(jax.tree.leaves(right), jax.tree.leaves(found)):
+                scale = np.abs(x).max()
+                np.testing.assert_allclose(y, x, atol=tolerance * scale)
+
+
+def test_forward_and_reverse_mode_agree():
+    inputs = jnp.asarray(_random((8, 3)))
+
+    def outputs(inputs):
+        return jax.vmap(lambda x: _normalize(x, None, None))(
+            jnp.stack([inputs, jnp.sin(inputs)])
+        )
+
+    forward, reverse = jax.jacfwd(outputs)(inputs), jax.jacrev(outputs)(inputs)
+    np.testing.assert_allclose(forward, reverse, atol=1e-5)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_forward_mode_over_replicas(checked):
+    """Forward, one more collective; in both modes, as for a whole batch."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("batch",))
+    split, whole = (
+        jax.sharding.PartitionSpec(*names) for names in (["batch"], [])
+    )
+    inputs, direction = _random((64, 3)), _random((64, 3), 1)
+    gamma, beta = jnp.asarray(_random(3, 2)), jnp.asarray(_random(3, 3))
+
+    def outputs(inputs, gamma, beta):
+        return kernels.normalize_batch(
+            inputs,
+            gamma,
+            beta,
+            axis=1,
+            epsilon=EPSILON,
+            replicas=Replicas(("batch",)),
+        )[0]
+
+    sharded = jax.shard_map(
+        outputs,
+        mesh=mesh,
+        in_specs=(split, whole, whole),
+        out_specs=split,
+        check_vma=checked,
+    )
+    arguments, changes = (inputs, gamma, beta), (direction, beta, gamma)
+
+    @jax.jit
+    def found(arguments, changes):
+        return jax.jvp(sharded, arguments, changes)
+
+    text = found.lower(arguments, changes).compile().as_text()
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 2
+
+    def plain(inputs, gamma, beta):
+        mean, variance = inputs.mean(0), inputs.var(0)
+        return (inputs - mean) / jnp.sqrt(variance + EPSILON) * gamma + beta
+
+    expected = jax.jvp(plain, arguments, changes)
+    for x, y in zip(found(arguments, changes), expected):
+        np.testing.assert_allclose(x, y, 1e-4, 1e-4)
 
 
 def test_vmap_and_scan():
