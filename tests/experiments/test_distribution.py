@@ -130,7 +130,7 @@ def _said(process, timeout=90):
 
 def _finish(*processes):
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
 
 
@@ -214,7 +214,7 @@ def folders(tmp_path_factory):
         STEPS_BEFORE_INTERRUPTION="3",
     )
     for process in two:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 130, errors
         assert "Traceback" not in errors
         assert errors.splitlines()[-1].endswith(
