@@ -50,4 +50,5 @@ def _settings_restored():
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy(policy)
-    keras.backend.clear_session()
+    # Collecting garbage would take longer than most tests.
+    keras.backend.clear_session(free_memory=False)

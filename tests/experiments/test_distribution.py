@@ -1,7 +1,8 @@
 """Training on several devices and in several processes.
 
-Every run is a program of its own, for a framework takes its devices once in a
-process. What they train must be what one device trains.
+A framework takes its devices once in a process, so these are programs of their
+own. Each makes several runs, for most of its time is spent in importing. What
+they train must be what one device trains.
 """
 
 import json
@@ -17,6 +18,7 @@ import pytest
 
 from experiments import ExperimentError
 from experiments import article
+from experiments import distribution
 from experiments import models
 from experiments import run_settings
 from experiments import two_workers
@@ -33,27 +35,29 @@ _PROCESSES = {
 }[_BACKEND]
 # JAX cuts a batch into equal shares only.
 _BATCH = 8 if _BACKEND == "jax" else 7
-# What makes the moments those of the whole batch: arrays are, under JAX's.
-_SYNCHRONIZED = {"tensorflow": ["--synchronized"], "jax": []}.get(_BACKEND)
-# A program on a few digits, on which a step and an evaluation cost little.
+_SHAPE = (8, 8, 3)
+# A program on a few small digits, on which a step and an evaluation, and a
+# network's weights, cost little.
 _PROGRAM = """
 import dataclasses
 import functools
+import json
 import os
 
 import experiments
 from experiments import data
+from experiments import models
 from experiments import train
 
-whole = data.load_digits
+load, run = data.load_digits, train.run
 
 def few():
-    digits = whole()
+    digits = load()
     return dataclasses.replace(
         digits,
-        train_images=digits.train_images[:40],
+        train_images=digits.train_images[:40, ::4, ::4],
         train_labels=digits.train_labels[:40],
-        test_images=digits.test_images[:31],
+        test_images=digits.test_images[:31, ::4, ::4],
         test_labels=digits.test_labels[:31],
     )
 
@@ -65,8 +69,14 @@ def count(steps):
     if not to_do:
         raise KeyboardInterrupt
 
-data.load_digits = few
-train.run = functools.partial(train.run, on_steps=count)
+def run_all(settings, dataset, output, workers):
+    for changes, folder in json.loads(os.environ.get("RUNS_BEFORE", "[]")):
+        before = dataclasses.replace(settings, **changes)
+        run(before, dataset, folder, workers=workers)
+    return run(settings, dataset, output, count, workers)
+
+data.load_digits, train.run = few, run_all
+models.build = functools.partial(models.build, input_shape=(8, 8, 3))
 train.define_flags()
 experiments.launch(train.main)
 """
@@ -86,7 +96,8 @@ def _start(output, *given, environment=None):
             *given,
         ],
         cwd=_ROOT,
-        env=inherited | (environment or {}),
+        # Side by side on few cores, threads would wait for one another.
+        env=inherited | {"OMP_NUM_THREADS": "1"} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -119,7 +130,7 @@ def _said(process, timeout=90):
 
 def _finish(*processes):
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
 
 
@@ -129,7 +140,7 @@ def _metrics(output, condition=0):
 
 
 def _weights(output):
-    network = models.build(article.CONDITIONS[0])
+    network = models.build(article.CONDITIONS[0], _SHAPE)
     network.load_weights(output / "0/0/final.weights.h5")
     return network.get_weights()
 
@@ -148,26 +159,74 @@ def _require_same(output, reference):
         np.testing.assert_allclose(value, right, atol=1e-5 * scale, rtol=0)
 
 
-_FLAGS = (
-    "--condition=0",
-    "--steps=6",
-    "--eval_every=3",
-    "--optimizer=sgd",
-    "--learning_rate=0.01",
+_PLAIN = {
+    "condition": 0,
+    "steps": 6,
+    "eval_every": 3,
+    "optimizer": "sgd",
+    "learning_rate": 0.01,
+}
+_FLAGS = [f"--{name}={value}" for name, value in _PLAIN.items()]
+# Batch normalization after a layer of which few units are alive makes a
+# rounding error 50 times larger in a step, so there are but two.
+_WITH_MOMENTS = _PLAIN | {
+    "condition": 9,
+    "learning_rate": 0.001,
+    "steps": 2,
+    "eval_every": 1,
+    "batch_size": 2 * _BATCH,
+}
+# With batch normalization, and dropout of each replica's own.
+_INTERRUPTED = (
+    "--condition=11",
+    "--steps=4",
+    "--eval_every=2",
+    "--optimizer=adam",
 )
 
 
+def _before(*runs):
+    return {
+        "RUNS_BEFORE": json.dumps([(x, str(folder)) for x, folder in runs])
+    }
+
+
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    output = tmp_path_factory.mktemp("one_device")
-    _finish(_start(output, *_FLAGS))
-    return output
+def folders(tmp_path_factory):
+    """From names to folders of results, of programs that ran side by side."""
+    names = ("one", "two", "one_9", "two_9", "whole", "parts")
+    made = {name: tmp_path_factory.mktemp(name) for name in names}
+    one = _start(
+        made["one"],
+        *_FLAGS,
+        environment=_before((_WITH_MOMENTS, made["one_9"])),
+    )
+    # Arrays are whole under JAX's: so are their moments.
+    synchronized = _BACKEND != "jax"
+    two = _start_both(
+        made["parts"],
+        *_INTERRUPTED,
+        **_before(
+            (_PLAIN, made["two"]),
+            (_WITH_MOMENTS | {"synchronized": synchronized}, made["two_9"]),
+            ({}, made["whole"]),
+        ),
+        STEPS_BEFORE_INTERRUPTION="3",
+    )
+    for process in two:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 130, errors
+        assert "Traceback" not in errors
+        assert errors.splitlines()[-1].endswith(
+            "stopped after step 3; the same command goes on from step 2"
+        )
+    _finish(one)
+    return made
 
 
-def test_two_processes_train_what_one_does(one_device, tmp_path):
-    _finish(*_start_both(tmp_path, *_FLAGS))
-    _require_same(tmp_path, one_device)
-    facts = json.loads((tmp_path / "0/0/run.json").read_text())
+def test_two_processes_train_what_one_does(folders):
+    _require_same(folders["two"], folders["one"])
+    facts = json.loads((folders["two"] / "0/0/run.json").read_text())
     assert facts["distribution"] == _PROCESSES
     assert facts["replicas"] == 2
     assert facts["synchronized"] is False
@@ -175,7 +234,7 @@ def test_two_processes_train_what_one_does(one_device, tmp_path):
 
 if _DEVICES:
 
-    def test_two_devices_train_what_one_does(one_device, tmp_path):
+    def test_two_devices_train_what_one_does(folders, tmp_path):
         _finish(
             _start(
                 tmp_path,
@@ -184,25 +243,18 @@ if _DEVICES:
                 *_FLAGS,
             )
         )
-        _require_same(tmp_path, one_device)
+        _require_same(tmp_path, folders["one"])
 
 
-def test_an_interrupted_run_goes_on(tmp_path):
-    """With batch normalization, and dropout of each replica's own."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = ["--condition=11", "--steps=4", "--eval_every=2"]
-    undisturbed = _start_both(whole, *flags)
-    interrupted = _start_both(parts, *flags, STEPS_BEFORE_INTERRUPTION="3")
-    for process in interrupted:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 130, errors
-        assert "Traceback" not in errors
-        assert errors.splitlines()[-1].endswith(
-            "stopped after step 3; the same command goes on from step 2"
-        )
+def test_synchronized_batch_normalization(folders):
+    # Unsynchronized losses differ by 5%.
+    _require_same_metrics(folders["two_9"], folders["one_9"], 9, 1e-3)
+
+
+def test_an_interrupted_run_goes_on(folders):
+    whole, parts = folders["whole"], folders["parts"]
     assert not list(parts.rglob("incomplete.*"))
-    _finish(*undisturbed)
-    _finish(*_start_both(parts, *flags))
+    _finish(*_start_both(parts, *_INTERRUPTED))
     for name in ("metrics.jsonl", "run.json"):
         expected, found = (
             (x / "11/0" / name).read_bytes() for x in (whole, parts)
@@ -210,27 +262,16 @@ def test_an_interrupted_run_goes_on(tmp_path):
         assert found == expected
 
 
-if _SYNCHRONIZED is not None:
-
-    def test_synchronized_batch_normalization(tmp_path):
-        # Batch normalization after a layer of which few units are alive makes
-        # a rounding error 50 times larger in a step, so there are but two.
-        flags = ["--condition=9", "--optimizer=sgd", "--learning_rate=0.001"]
-        flags += ["--steps=2", "--eval_every=1", f"--batch_size={2 * _BATCH}"]
-        one, two = tmp_path / "one", tmp_path / "two"
-        programs = [_start(one, *flags)]
-        programs += _start_both(two, *flags, *_SYNCHRONIZED)
-        _finish(*programs)
-        # Unsynchronized losses differ by 5%.
-        _require_same_metrics(two, one, 9, 1e-3)
-
-
 def test_a_worker_that_ends_and_one_that_never_comes(tmp_path):
     """All at once, for most of their time is spent in importing."""
     flags = ["--condition=0", "--steps=1000000", "--time_limit=15"]
-    alone = _start_both(tmp_path / "alone", "--condition=0", "--time_limit=5")
-    alone[1].kill()
-    alone[1].communicate()
+    alone = _start(
+        tmp_path / "alone",
+        f"--distribution={_PROCESSES}",
+        "--condition=0",
+        "--time_limit=5",
+        environment=two_workers.environments(_BACKEND)[0],
+    )
     lost = _start_both(tmp_path / "lost", *flags, "--eval_every=2")
     metrics = tmp_path / "lost/0/0/metrics.jsonl"
     began = time.monotonic()
@@ -242,61 +283,52 @@ def test_a_worker_that_ends_and_one_that_never_comes(tmp_path):
     line = _said(lost[0], timeout=45)
     assert "another worker ended" in line or "did not answer" in line
     assert not list(tmp_path.rglob("incomplete.*"))
-    line = _said(alone[0])
+    line = _said(alone)
     assert "did not answer within 5 seconds (time_limit)" in line
     assert not (tmp_path / "alone").exists()
 
 
+_SPREAD = {"distribution": _PROCESSES}
+# Settings, arguments of `join`, the environment, and what is said.
 _UNUSABLE = {
     "another backend's": (
-        ["--distribution=" + ("ddp" if _BACKEND != "torch" else "mirrored")],
+        {"distribution": "mirrored" if _BACKEND == "torch" else "ddp"},
+        (60.0,),
         {},
         "set KERAS_BACKEND=",
     ),
-    "no limit": (["--time_limit=0"], {}, "time_limit=0"),
-    "devices": (["--cpu_devices=2"], {}, "cpu_devices=2, distribution=none"),
-    "synchronized Keras": (
-        ["--layer=keras", "--condition=1", "--synchronized"],
-        {},
-        "Keras's own layer is synchronized on TensorFlow alone",
-    ),
+    "no limit": ({}, (0.0,), {}, "time_limit=0"),
+    "devices": ({}, (60.0, 2), {}, "cpu_devices=2, distribution=none"),
 }
-_LAUNCHED = f"--distribution={_PROCESSES}"
 _UNUSABLE |= {
     "tensorflow": {
-        "not launched": ([_LAUNCHED], {}, "TF_CONFIG=''"),
+        "not launched": (_SPREAD, (60.0,), {}, "TF_CONFIG=''"),
         "launched wrongly": (
-            [_LAUNCHED],
+            _SPREAD,
+            (60.0,),
             {"TF_CONFIG": '{"cluster": {"worker": ["a:1"]}, "task": 3}'},
             "multiworker needs TF_CONFIG",
-        ),
-        "too few images": (
-            ["--distribution=mirrored", "--cpu_devices=2", "--batch_size=1"],
-            {},
-            "each of the 2 replicas needs an image",
         ),
     },
     "jax": {
         "launched wrongly": (
-            [_LAUNCHED],
+            _SPREAD,
+            (60.0,),
             {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2"},
             "KERAS_DISTRIBUTION_PROCESS_ID=None",
         ),
-        "too few images": (
-            [_LAUNCHED, "--cpu_devices=2", "--batch_size=1"],
-            {},
-            "each of the 2 replicas needs an image",
-        ),
         "unequal shares": (
-            [_LAUNCHED, "--cpu_devices=2", "--batch_size=7"],
+            _SPREAD | {"batch_size": 7},
+            (60.0,),
             {},
             "give a multiple of 2. Received: batch_size=7",
         ),
     },
     "torch": {
-        "not launched": ([_LAUNCHED], {}, "Missing: RANK"),
+        "not launched": (_SPREAD, (60.0,), {}, "Missing: RANK"),
         "launched wrongly": (
-            [_LAUNCHED],
+            _SPREAD,
+            (60.0,),
             {
                 "RANK": "2",
                 "WORLD_SIZE": "2",
@@ -307,24 +339,28 @@ _UNUSABLE |= {
         ),
     },
 }[_BACKEND]
-if _BACKEND == "tensorflow":
-    del _UNUSABLE["synchronized Keras"]
-
-
-@pytest.fixture(scope="module")
-def unusable(tmp_path_factory):
-    output = tmp_path_factory.mktemp("unusable")
-    return output, {
-        name: _start(output, "--condition=0", *given, environment=environment)
-        for name, (given, environment, _) in _UNUSABLE.items()
-    }
 
 
 @pytest.mark.parametrize("name", list(_UNUSABLE))
-def test_what_cannot_be_used_is_one_line(unusable, name):
-    output, programs = unusable
-    assert _UNUSABLE[name][2] in _said(programs[name])
-    assert not list(output.iterdir())
+def test_what_cannot_be_used_is_one_line(monkeypatch, name):
+    changes, arguments, environment, said = _UNUSABLE[name]
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    settings = run_settings.Settings(condition=0, **changes)
+    with pytest.raises(ExperimentError) as error:
+        with distribution.join(settings, *arguments):
+            pass
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+if _BACKEND != "tensorflow":
+
+    def test_keras_layer_is_not_synchronized():
+        with pytest.raises(ExperimentError, match="on TensorFlow alone"):
+            models.build(
+                article.condition(11), layer="keras", synchronized=True
+            )
 
 
 @pytest.mark.parametrize("distribution", ["ray", ""])
@@ -364,5 +400,6 @@ def test_two_workers_program(tmp_path):
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+    assert "replicas needs an image of every batch" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: worker ")
     assert not list(tmp_path.iterdir())

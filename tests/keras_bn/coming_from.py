@@ -49,16 +49,18 @@ def carry_weights(theirs, layer):
     layer.set_weights([np.reshape(w, v.shape) for w, v in weights])
 
 
-def step_beside(theirs, layer, batch, output_gradient, mask=None, **tolerance):
-    """One step of gradient descent in both; the same in everything."""
+def step_beside(
+    theirs, layer, batch, output_gradient, mask=None, steps=None, **tolerance
+):
+    """One step of gradient descent in both; the same in everything.
+
+    `steps` is `frameworks.steps(layer)`, where there are several.
+    """
     given = {}
     if mask is not None:
         given["mask"] = frameworks.tensor(mask, "bool")
-    step = frameworks.training_step(
-        layer,
-        frameworks.tensor(batch, layer.compute_dtype),
-        output_gradient,
-        **given,
+    step = (steps or frameworks.steps(layer))(
+        frameworks.tensor(batch, layer.compute_dtype), output_gradient, **given
     )
     outputs, of_inputs, of_weights = theirs.step(batch, output_gradient, mask)
     close(step.outputs, outputs, "outputs", **tolerance)
@@ -89,6 +91,7 @@ def check(theirs, layer, shape, mask=None, **tolerance):
         close(frameworks.array(found).ravel(), np.ravel(initial), found.name)
     theirs.step(values(shape, 0), values(shape, 1), mask)
     carry_weights(theirs, layer)
+    steps = frameworks.steps(layer)
     for seed in (2, 4):
         step_beside(
             theirs,
@@ -96,6 +99,7 @@ def check(theirs, layer, shape, mask=None, **tolerance):
             values(shape, seed),
             values(shape, seed + 1),
             mask,
+            steps,
             **tolerance,
         )
     for found, expected in zip(layer.weights, theirs.weights(), strict=True):

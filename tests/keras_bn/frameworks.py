@@ -147,35 +147,35 @@ def training_step(
     """
     if not layer.built:
         layer.build(tuple(inputs.shape))
-    names = [w.name for w in layer.trainable_variables]
     if output_gradient is None:
         output_gradient = np.ones(inputs.shape, "float32")
-    dtype = layer.compute_dtype
-    output_gradient = tensor(output_gradient, dtype)
+    return steps(layer, compiled, training)(inputs, output_gradient, **kwargs)
+
+
+def steps(layer, compiled=False, training=True):
+    """A function of `(inputs, output_gradient, **kwargs)`, a `training_step`.
+
+    On JAX it is compiled once for all steps, so the layer's switches are those
+    of the first; the layer is built.
+    """
+    names = [w.name for w in layer.trainable_variables]
+    weights = [v.value for v in layer.trainable_variables]
 
     if IS_JAX:
 
-        def run(weights, inputs):
-            outputs, state = layer.stateless_call(
-                weights, before, inputs, training=training, **kwargs
-            )
-            return outputs, state
+        @jax.jit
+        def run(weights, before, inputs, output_gradient, kwargs):
+            def call(weights, inputs):
+                return layer.stateless_call(
+                    weights, before, inputs, training=training, **kwargs
+                )
 
-        def both(weights, inputs, output_gradient):
-            outputs, vjp, state = jax.vjp(run, weights, inputs, has_aux=True)
+            outputs, vjp, state = jax.vjp(call, weights, inputs, has_aux=True)
             return outputs, vjp(output_gradient), state
 
-        before = [v.value for v in layer.non_trainable_variables]
-        weights = [v.value for v in layer.trainable_variables]
-        outputs, (of_weights, of_inputs), state = jax.jit(both)(
-            weights, inputs, output_gradient
-        )
-        for variable, value in zip(layer.non_trainable_variables, state):
-            variable.assign(value)
     elif IS_TENSORFLOW:
-        weights = [v.value for v in layer.trainable_variables]
 
-        def both(inputs, output_gradient):
+        def run(inputs, output_gradient, kwargs):
             with tf.GradientTape() as tape:
                 tape.watch(inputs)
                 outputs = layer(inputs, training=training, **kwargs)
@@ -183,21 +183,38 @@ def training_step(
                 outputs, [weights, inputs], output_gradient
             )
 
-        both = tf.function(both) if compiled else both
-        outputs, (of_weights, of_inputs) = both(inputs, output_gradient)
-    else:
-        inputs = inputs.detach().requires_grad_()
-        outputs = layer(inputs, training=training, **kwargs)
-        weights = [v.value for v in layer.trainable_variables]
-        of_inputs, *of_weights = torch.autograd.grad(
-            outputs, [inputs, *weights], output_gradient
+        run = tf.function(run) if compiled else run
+
+    def step(inputs, output_gradient, **kwargs):
+        output_gradient = tensor(output_gradient, layer.compute_dtype)
+        if IS_JAX:
+            outputs, (of_weights, of_inputs), state = run(
+                [v.value for v in layer.trainable_variables],
+                [v.value for v in layer.non_trainable_variables],
+                inputs,
+                output_gradient,
+                kwargs,
+            )
+            for variable, value in zip(layer.non_trainable_variables, state):
+                variable.assign(value)
+        elif IS_TENSORFLOW:
+            outputs, (of_weights, of_inputs) = run(
+                inputs, output_gradient, kwargs
+            )
+        else:
+            inputs = inputs.detach().requires_grad_()
+            outputs = layer(inputs, training=training, **kwargs)
+            of_inputs, *of_weights = torch.autograd.grad(
+                outputs, [inputs, *weights], output_gradient
+            )
+        return Step(
+            outputs=array(outputs),
+            input_gradient=array(of_inputs),
+            weight_gradients={n: array(g) for n, g in zip(names, of_weights)},
+            statistics={
+                v.name: array(v.value) for v in layer.non_trainable_variables
+            },
+            output_dtype=dtype_of(outputs),
         )
-    return Step(
-        outputs=array(outputs),
-        input_gradient=array(of_inputs),
-        weight_gradients={n: array(g) for n, g in zip(names, of_weights)},
-        statistics={
-            v.name: array(v.value) for v in layer.non_trainable_variables
-        },
-        output_dtype=dtype_of(outputs),
-    )
+
+    return step

@@ -86,6 +86,8 @@ class LayerInNumPy:
         virtual_batch_size=None,
         unbiased_variance=False,
         debias=False,
+        use_moving_statistics=None,
+        update_moving_statistics=True,
     ):
         self.gamma = np.ones(channels) if gamma is None else gamma
         self.beta = np.zeros(channels) if beta is None else beta
@@ -95,6 +97,8 @@ class LayerInNumPy:
         self.clipping = renorm_clipping or {}
         self.virtual_batch_size = virtual_batch_size
         self.unbiased_variance = unbiased_variance
+        self.use_moving_statistics = use_moving_statistics
+        self.update_moving_statistics = update_moving_statistics
         zeros, ones = np.zeros(channels), np.ones(channels)
         self.mean = Average(zeros, momentum, debias)
         # With renorm, of the standard deviation.
@@ -103,26 +107,34 @@ class LayerInNumPy:
         self.renorm_stddev = Average(ones, renorm_momentum)
         self.moving_variance = ones
 
-    def train(self, inputs, output_gradient, mask=None):
-        """Normalizes a batch and takes it in.
+    def call(self, inputs, output_gradient, mask=None, training=True):
+        """Normalizes a batch and, in training, takes it in.
 
         Args:
             inputs: Array.
             output_gradient: Array of that shape.
             mask: Boolean array of that rank, broadcastable to it, or None.
+            training: Whether it is a training step.
 
         Returns:
             The outputs, and the gradients of `sum(outputs * output_gradient)`
             for the inputs, gamma and beta.
         """
         counts = np.broadcast_to(True if mask is None else mask, inputs.shape)
-        size = self.virtual_batch_size or len(inputs)
+        use_moving = self.use_moving_statistics
+        if use_moving is None:
+            use_moving = not training
+        # Of all parts: as they are before the batch.
+        moving = (self.mean.value(), self.moving_variance)
+        size = training and self.virtual_batch_size or len(inputs)
         results = [
-            self._train_on_part(
+            self._call_on_part(
                 *(
                     array[start : start + size]
                     for array in (inputs, counts, output_gradient)
-                )
+                ),
+                moving if use_moving else None,
+                training,
             )
             for start in range(0, len(inputs), size)
         ]
@@ -133,12 +145,6 @@ class LayerInNumPy:
             sum(of_gamma),
             sum(of_beta),
         )
-
-    def infer(self, inputs):
-        matrix = self._matrix(inputs)
-        stddev = np.sqrt(self.moving_variance + self.epsilon)
-        normalized = (matrix - self.mean.value()) / stddev
-        return self._like(normalized * self.gamma + self.beta, inputs)
 
     def statistics(self):
         """From the name of each moving statistic to its value."""
@@ -152,22 +158,27 @@ class LayerInNumPy:
             found["renorm_stddev"] = self.renorm_stddev.value()
         return found
 
-    def _train_on_part(self, inputs, counts, output_gradient):
+    def _call_on_part(self, inputs, counts, output_gradient, moving, training):
+        """`moving`: the moments to normalize with; None: the part's own."""
         part = Part(
             self._matrix(inputs).astype(float), self._matrix(counts).astype(int)
         )
         gradient = self._matrix(output_gradient).astype(float)
-        correction = self._correction(part)
-        corrected = self._corrected(part, correction)
+        correction = 1.0, 0.0
+        if self.renorm and training and moving is None:
+            correction = self._correction(part)
+        corrected = self._corrected(part, moving, correction)
         of_inputs = np.empty(part.inputs.shape)
         step = 1e-30
         for index in np.ndindex(of_inputs.shape):
             nudged = part.inputs.astype(complex)
             nudged[index] += 1j * step
-            result = self._corrected(Part(nudged, part.counts), correction)
+            nudged = Part(nudged, part.counts)
+            result = self._corrected(nudged, moving, correction)
             loss = (result * self.gamma * gradient).sum()
             of_inputs[index] = loss.imag / step
-        self._take_in(part)
+        if training and self.update_moving_statistics:
+            self._take_in(part)
         return (
             self._like(corrected * self.gamma + self.beta, inputs),
             self._like(of_inputs, inputs),
@@ -175,15 +186,13 @@ class LayerInNumPy:
             gradient.sum(0),
         )
 
-    def _corrected(self, part, correction):
-        mean, variance = part.moments()
+    def _corrected(self, part, moving, correction):
+        mean, variance = moving or part.moments()
         r, d = correction
         return (part.inputs - mean) / np.sqrt(variance + self.epsilon) * r + d
 
     def _correction(self, part):
         """Batch renormalization's r and d, which count as constants."""
-        if not self.renorm:
-            return 1.0, 0.0
         mean, variance = part.moments()
         stddev = np.sqrt(variance + self.epsilon)
         towards = np.maximum(self.renorm_stddev.value(), np.sqrt(self.epsilon))

@@ -29,7 +29,6 @@ SHORT = (
     'BatchNormalization(epsilon=1e-5, dtype="mixed_bfloat16")',
 )
 NNX = ("flax.nnx.BatchNorm(C, rngs=rngs)", HERE)
-# Runs on several devices, with the tests of what is synchronized.
 SYNCHRONIZED = (
     'flax.linen.BatchNorm(axis_name="devices")',
     'BatchNormalization(epsilon=1e-5, synchronized=True, axis_name="devices")',
@@ -45,21 +44,33 @@ class Linen:
         )
         self.params = variables.get("params", {})
         self.statistics = variables["batch_stats"]
+        # Once for all steps: it compiles.
+        self._vjp = jax.jit(self._of_batch)
+
+    def apply(self, params, statistics, batch, mask=None):
+        return self.module.apply(
+            {"params": params, "batch_stats": statistics},
+            batch,
+            use_running_average=False,
+            mask=mask,
+            mutable=["batch_stats"],
+        )
+
+    def _of_batch(self, params, statistics, batch, output_gradient, mask):
+        outputs, vjp, state = jax.vjp(
+            lambda params, batch: self.apply(params, statistics, batch, mask),
+            params,
+            batch,
+            has_aux=True,
+        )
+        gradients = vjp(output_gradient.astype(outputs.dtype))
+        return outputs, gradients, state["batch_stats"]
 
     def step(self, batch, output_gradient, mask=None):
-        def apply(params, batch):
-            return self.module.apply(
-                {"params": params, "batch_stats": self.statistics},
-                batch,
-                use_running_average=False,
-                mask=mask,
-                mutable=["batch_stats"],
-            )
-
         batch = jnp.asarray(batch, self.module.dtype)
-        outputs, vjp, state = jax.vjp(apply, self.params, batch, has_aux=True)
-        of_params, of_batch = vjp(jnp.asarray(output_gradient, outputs.dtype))
-        self.statistics = state["batch_stats"]
+        outputs, (of_params, of_batch), self.statistics = self._vjp(
+            self.params, self.statistics, batch, output_gradient, mask
+        )
         self.params = jax.tree.map(
             lambda p, g: p - coming_from.LEARNING_RATE * g,
             self.params,
@@ -146,6 +157,52 @@ def test_nnx():
         there, {"flax": flax, "C": SHAPE[-1], "rngs": flax.nnx.Rngs(0)}
     )
     coming_from.check(Nnx(module), coming_from.ours(here), SHAPE)
+
+
+def test_axis_name():
+    """Both on two devices, in one `shard_map` each."""
+    theirs, ours = _linen(*SYNCHRONIZED)
+    ours.build(SHAPE)
+    mesh = jax.sharding.Mesh(jax.devices()[:2], "devices")
+    whole, split = jax.P(), jax.P("devices")
+    batch, output_gradient = (coming_from.values(SHAPE, i) for i in range(2))
+
+    def run(function, weights, statistics):
+        function = jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(whole, whole, split),
+            out_specs=(split, whole),
+        )
+
+        @jax.jit
+        def both(weights, batch):
+            outputs, vjp, state = jax.vjp(
+                lambda weights, batch: function(weights, statistics, batch),
+                weights,
+                batch,
+                has_aux=True,
+            )
+            return outputs, vjp(jnp.asarray(output_gradient)), state
+
+        return both(weights, batch)
+
+    outputs, (of_params, of_batch), state = run(
+        theirs.apply, theirs.params, theirs.statistics
+    )
+    found, (of_weights, of_inputs), statistics = run(
+        lambda *given: ours.stateless_call(*given, training=True),
+        [v.value for v in ours.trainable_variables],
+        [v.value for v in ours.non_trainable_variables],
+    )
+    coming_from.close(found, outputs, "outputs")
+    coming_from.close(of_inputs, of_batch, "gradient of inputs")
+    of_params = _present(of_params, "scale", "bias")
+    state = _present(state["batch_stats"], "mean", "var")
+    for one, other in zip(
+        [*of_weights, *statistics], [*of_params, *state], strict=True
+    ):
+        coming_from.close(one, other, "gradients and statistics")
 
 
 @pytest.mark.parametrize("axis", [(0, 1), (0, 1, 2, 3)])

@@ -6,6 +6,7 @@ import torch
 
 from tests.keras_bn import coming_from
 from tests.keras_bn import frameworks
+from tests.keras_bn import replicas
 
 BASIC = "BatchNormalization(axis=1, momentum=0.9, epsilon=1e-5, "
 CASES = [
@@ -22,9 +23,8 @@ CASES = [
 ]
 UNTRACKED = (
     "torch.nn.BatchNorm2d(C, track_running_stats=False)",
-    "BatchNormalization(axis=1, epsilon=1e-5)",
+    "BatchNormalization(axis=1, epsilon=1e-5, use_moving_statistics=False)",
 )
-# Runs on several processes, with the tests of what is synchronized.
 SYNCHRONIZED = (
     "torch.nn.SyncBatchNorm(C)",
     BASIC + "unbiased_variance=True, synchronized=True)",
@@ -36,7 +36,13 @@ class PyTorch:
     def __init__(self, module):
         self.module = module
 
-    def step(self, batch, output_gradient, mask=None):
+    def step(
+        self,
+        batch,
+        output_gradient,
+        mask=None,
+        learning_rate=coming_from.LEARNING_RATE,
+    ):
         batch = torch.tensor(batch).requires_grad_()
         weights = list(self.module.parameters())
         self.module.train()
@@ -46,7 +52,7 @@ class PyTorch:
         )
         with torch.no_grad():
             for weight, gradient in zip(weights, of_weights):
-                weight -= coming_from.LEARNING_RATE * gradient
+                weight -= learning_rate * gradient
         return outputs.detach(), of_batch, of_weights
 
     def infer(self, batch):
@@ -84,15 +90,44 @@ def test_rows_of_channels():
 
 
 def test_no_running_statistics():
-    """Theirs uses the batch's moments in evaluation too."""
+    """The batch's moments, in evaluation too."""
     there, here = UNTRACKED
     theirs = PyTorch(eval(there, {"torch": torch, "C": 3}))
-    batch = coming_from.values(SHAPES[2], 0)
     ours = coming_from.ours(here)
-    outputs = ours(frameworks.tensor(batch), training=True)
-    coming_from.close(
-        frameworks.array(outputs), theirs.infer(batch), "outputs"
-    )
+    ours.build(SHAPES[2])
+    for seed in (0, 2):
+        batch, gradient = (
+            coming_from.values(SHAPES[2], i) for i in (seed, seed + 1)
+        )
+        coming_from.step_beside(theirs, ours, batch, gradient)
+    coming_from.check_inference(theirs, ours, coming_from.values(SHAPES[2], 4))
+
+
+def test_synchronized(tmp_path):
+    """Theirs runs on GPUs alone; `BatchNorm1d` of all is what it computes."""
+    arguments = eval(SYNCHRONIZED[1], {"BatchNormalization": dict})
+    on_replicas = {"synchronized": arguments.pop("synchronized")}
+    case = replicas.Case(arguments, sizes=(4, 3))
+    ((_, of_replicas),) = replicas.train([(case, on_replicas)], 2, tmp_path)
+    layer = case.layer()
+    module = torch.nn.BatchNorm1d(case.shape[0])
+    with torch.no_grad():
+        module.weight.copy_(layer.gamma.value)
+        module.bias.copy_(layer.beta.value)
+    theirs = PyTorch(module)
+    for step, (batch, gradient, _) in enumerate(zip(*case.batch())):
+        outputs, of_batch, _ = theirs.step(
+            batch, gradient, learning_rate=replicas.LEARNING_RATE
+        )
+        for field, expected in (
+            ("outputs", outputs),
+            ("input_gradients", of_batch),
+        ):
+            shards = [getattr(replica, field)[step] for replica in of_replicas]
+            coming_from.close(np.concatenate(shards), expected, field)
+    for replica in of_replicas:
+        for found, right in zip(replica.weights, theirs.weights(), strict=True):
+            coming_from.close(found, right, "weights", 1e-5)
 
 
 def test_one_value_for_each_channel():

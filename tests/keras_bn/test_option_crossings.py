@@ -31,6 +31,11 @@ OPTIONS = {
     "virtual_batch_size": [None, 2],
     "unbiased_variance": [False, True],
     "debias": [False, True],
+    "use_moving_statistics": [None, True, False],
+    "update_moving_statistics": [True, False],
+    "train_gamma_and_beta": [True, False],
+    # There are no replicas here: it changes nothing.
+    "synchronized": [False, True],
     "dtype": ["float32", "mixed_bfloat16", "float64"],
     "mask": [None, "samples", "positions", "full"],
 }
@@ -138,44 +143,46 @@ def _check(case):
     layer = keras_bn.BatchNormalization(**arguments)
     layer.build(SHAPE)
     channels = int(np.prod([SHAPE[i] for i in data.axes]))
-    weights = {
-        v.name: data.generator.uniform(0.5, 1.5, channels).astype("float32")
-        for v in layer.trainable_variables
-    }
-    for variable in layer.trainable_variables:
-        variable.assign(weights[variable.name].reshape(variable.shape))
-    for name in ("center", "scale", "dtype"):
+    weights = {}
+    for variable in (layer.gamma, layer.beta):
+        if variable is not None:
+            values = data.generator.uniform(0.5, 1.5, channels)
+            values = values.astype("float32")
+            variable.assign(values.reshape(variable.shape))
+            weights[variable.name] = values
+    trained = set(weights) if arguments.pop("train_gamma_and_beta") else set()
+    for name in ("center", "scale", "synchronized", "dtype"):
         arguments.pop(name)
     model = LayerInNumPy(channels, **weights, **arguments)
     precise = _precision(case)
     short = SHORT if case["dtype"] == "mixed_bfloat16" else precise
 
-    for _ in range(2):
+    steps = {
+        training: frameworks.steps(layer, training=training)
+        for training in (True, False)
+    }
+    for training in (True, True, False):
         inputs, output_gradient = data.batch(), data.output_gradient()
         mask, given = data.masks()
         masked = {}
         if given is not None:
             masked["mask"] = frameworks.tensor(given, "bool")
-        step = frameworks.training_step(
-            layer,
+        step = steps[training](
             frameworks.tensor(inputs, layer.compute_dtype),
             output_gradient,
             **masked,
         )
-        outputs, of_inputs, of_gamma, of_beta = model.train(
-            inputs, output_gradient, mask
+        outputs, of_inputs, of_gamma, of_beta = model.call(
+            inputs, output_gradient, mask, training
         )
         _close(step.outputs, outputs, short, "outputs")
         _close(step.input_gradient, of_inputs, short, "gradient of inputs")
+        assert set(step.weight_gradients) == trained
         expected = {"gamma": of_gamma, "beta": of_beta}
         for name, gradient in step.weight_gradients.items():
             _close(gradient, expected[name], precise, name)
         for name, value in model.statistics().items():
             _close(step.statistics[name], value, precise, name)
-    inputs = data.batch()
-    outputs = layer(frameworks.tensor(inputs, layer.compute_dtype))
-    outputs = frameworks.array(outputs)
-    _close(outputs, model.infer(inputs), short, "inference")
 
 
 @pytest.mark.parametrize("refused", REFUSED, ids=str)
