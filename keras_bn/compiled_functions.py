@@ -35,12 +35,14 @@ class CompiledFunctions:
         self._traces = {t: d for t, d in self._traces.items() if t.is_in_use()}
         self._traces[_trace(bool(training))] = did
 
-    def warn_if_outdated(self, layer, setting, would_do):
+    def warn_if_outdated(self, setting, would_do):
         """Warns where `would_do(training)` is not what was traced.
 
+        The layer is not named: Python says the same sentence once for a line
+        of the user's, and `model.trainable = False` sets a hundred layers.
+
         Args:
-            layer: The layer's name.
-            setting: What was just set on it, as the user would type it.
+            setting: What was just set on the layer, as the user would type it.
             would_do: Function of `training`, what the layer does from now on.
         """
         if any(
@@ -48,8 +50,8 @@ class CompiledFunctions:
             for trace, did in self._traces.items()
         ):
             warnings.warn(
-                f"{setting} on layer {layer!r} does not reach the functions "
-                "that were compiled with it before; call "
+                f"{setting} on a BatchNormalization does not reach the "
+                "functions that were compiled with it before; call "
                 "`model.compile(...)` again, or trace your own function again.",
                 stacklevel=_stacklevel_of_user(),
             )

@@ -233,7 +233,6 @@ class BatchNormalization(keras.layers.Layer):
         if name == "train_gamma_and_beta":
             self._mark_gamma_and_beta()
         self._compiled_functions.warn_if_outdated(
-            self.name,
             f"{name}={getattr(self, name)}",
             lambda training: mode_of(self, training),
         )
