@@ -40,6 +40,8 @@ def tests(session, backend):
         "-m",
         "pytest",
         "--numprocesses=2",
+        # What the tests of a file share is made once.
+        "--dist=loadfile",
         *session.posargs,
         env={"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
     )

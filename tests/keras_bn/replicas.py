@@ -4,6 +4,7 @@
 starts: `python -m tests.keras_bn.replicas FOLDER RANK`.
 """
 
+import atexit
 import dataclasses
 import json
 import os
@@ -446,6 +447,8 @@ def _on_torch(cases, replicas, processes, rank):
     def on_replicas(case, **kwargs):
         return [train(case, case.layer(**kwargs), rank)]
 
+    # Left to Python's end, its threads may abort the process.
+    atexit.register(torch.distributed.destroy_process_group)
     return whole, on_replicas
 
 
