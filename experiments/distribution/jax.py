@@ -84,9 +84,11 @@ class _DataParallel(Replicas):
 
     def train_on_batch(self, inputs, labels):
         with self.together("a training step"), self._scope():
-            return self._replicated.train_on_batch(
+            logs = self._replicated.train_on_batch(
                 self._shares(inputs), self._shares(labels), return_dict=True
             )
+            # JAX computes later, and what fails then does so when it is read.
+            return {name: float(value) for name, value in logs.items()}
 
     def leave(self):
         if self.processes > 1:
