@@ -17,7 +17,6 @@ from keras_bn.channel_axes import merge_channel_axes
 from keras_bn.channel_axes import merge_mask_axes
 from keras_bn.channel_axes import split_channel_axes
 from keras_bn.channel_axes import weights_shape
-from keras_bn.compiled_functions import CompiledFunctions
 from keras_bn.config import config_of
 from keras_bn.dtypes import as_floats
 from keras_bn.dtypes import moments_dtype
@@ -35,12 +34,12 @@ from keras_bn.renormalization import initializer_of_stddev
 from keras_bn.renormalization import is_scheduled
 from keras_bn.renormalization import renormalized
 from keras_bn.renormalization import updates_of_reference
-from keras_bn.switches import Switch
+from keras_bn.switches import SwitchedLayer
 from keras_bn.switches import mode_of
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
-class BatchNormalization(keras.layers.Layer):
+class BatchNormalization(SwitchedLayer):
     """Batch normalization, a drop-in for `keras.layers.BatchNormalization`.
 
     In training the layer normalizes with the moments of the batch,
@@ -204,43 +203,14 @@ class BatchNormalization(keras.layers.Layer):
         )
         self.supports_masking = True
 
-        self.gamma = None
-        self.beta = None
         self.moving_mean = None
         self.moving_variance = None
         self.num_batches_tracked = None
         self.renorm_step = None
 
-        self._compiled_functions = CompiledFunctions()
         self.use_moving_statistics = use_moving_statistics
         self.update_moving_statistics = update_moving_statistics
         self.train_gamma_and_beta = train_gamma_and_beta
-
-    use_moving_statistics = Switch(None, True, False)
-    update_moving_statistics = Switch(True, False)
-    train_gamma_and_beta = Switch(True, False)
-
-    @keras.layers.Layer.trainable.setter
-    def trainable(self, value):
-        before = self.trainable
-        keras.layers.Layer.trainable.fset(self, value)
-        self._mark_gamma_and_beta()
-        if self.trainable != before:
-            self.switched("trainable")
-
-    def switched(self, name):
-        """Puts into effect what was set, and says where it is too late."""
-        if name == "train_gamma_and_beta":
-            self._mark_gamma_and_beta()
-        self._compiled_functions.warn_if_outdated(
-            f"{name}={getattr(self, name)}",
-            lambda training: mode_of(self, training),
-        )
-
-    def _mark_gamma_and_beta(self):
-        for weight in (self.gamma, self.beta):
-            if weight is not None:
-                weight.trainable = self.trainable and self.train_gamma_and_beta
 
     def build(self, input_shape):
         sizes = channel_sizes(self.axis, input_shape)
@@ -265,7 +235,7 @@ class BatchNormalization(keras.layers.Layer):
                 constraint=self.beta_constraint,
                 autocast=False,
             )
-        self._mark_gamma_and_beta()
+        self.mark_gamma_and_beta()
         mean_initializer = self.moving_mean_initializer
         variance_initializer = self.moving_variance_initializer
         self.moving_mean = self._add_statistic(
@@ -354,9 +324,11 @@ class BatchNormalization(keras.layers.Layer):
             if not mode.updates:
                 return ops.cast(outputs, self.compute_dtype)
 
-        replicas = kernels.find_replicas(
-            self.axis_name, self.synchronized, self.moving_mean.value
-        )
+        replicas = None
+        if self.synchronized or mode.updates:
+            replicas = kernels.find_replicas(
+                self.axis_name, self.synchronized, self.moving_mean.value
+            )
         if self.virtual_batch_size is not None and mode.training:
             by_batch, *moments = kernels.normalize_ghost_batches(
                 inputs,

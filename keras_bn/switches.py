@@ -6,6 +6,10 @@ the moving ones are updated, and whether gamma and beta train.
 
 import typing
 
+import keras
+
+from keras_bn.compiled_functions import CompiledFunctions
+
 
 class Switch:
     """An attribute of the layer that has one of a few values.
@@ -64,3 +68,43 @@ def mode_of(layer, training):
         training and layer.update_moving_statistics,
         training and layer.train_gamma_and_beta,
     )
+
+
+class SwitchedLayer(keras.layers.Layer):
+    """A layer with `gamma` and `beta`, either may be None, and the switches.
+
+    Setting one of them, or `trainable`, warns where it comes too late.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.gamma = None
+        self.beta = None
+        self._compiled_functions = CompiledFunctions()
+
+    use_moving_statistics = Switch(None, True, False)
+    update_moving_statistics = Switch(True, False)
+    train_gamma_and_beta = Switch(True, False)
+
+    @keras.layers.Layer.trainable.setter
+    def trainable(self, value):
+        before = self.trainable
+        keras.layers.Layer.trainable.fset(self, value)
+        self.mark_gamma_and_beta()
+        if self.trainable != before:
+            self.switched("trainable")
+
+    def switched(self, name):
+        """Puts into effect what was set, and says where it is too late."""
+        if name == "train_gamma_and_beta":
+            self.mark_gamma_and_beta()
+        self._compiled_functions.warn_if_outdated(
+            f"{name}={getattr(self, name)}",
+            lambda training: mode_of(self, training),
+        )
+
+    def mark_gamma_and_beta(self):
+        """Makes the weights trainable or not, without changing their order."""
+        for weight in (self.gamma, self.beta):
+            if weight is not None:
+                weight.trainable = self.trainable and self.train_gamma_and_beta

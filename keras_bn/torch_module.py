@@ -40,7 +40,7 @@ class BatchNormOfKeras(_BatchNorm):
         layer: Name of the layer.
 
     Raises:
-        NotImplementedError: `torch.optim.swa_utils.update_bn` comes by.
+        RuntimeError: `torch.optim.swa_utils.update_bn` comes by.
         AttributeError: `torch.nn.SyncBatchNorm.convert_sync_batchnorm`,
             `torch.func.replace_all_batch_norm_modules_` or others read what
             is not there.
@@ -55,7 +55,7 @@ class BatchNormOfKeras(_BatchNorm):
         self.layer = layer
 
     def reset_running_stats(self):
-        raise NotImplementedError(
+        raise RuntimeError(
             "PyTorch's train() and momentum, by which update_bn works, do not "
             "reach a keras_bn.BatchNormalization. "
             f"Received: layer {self.layer!r}. Make it with momentum=None, "

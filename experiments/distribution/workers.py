@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import sys
@@ -74,7 +75,7 @@ class Workers:
         """Ends what the processes do together."""
 
 
-class Replicas(Workers):
+class Replicas(Workers, abc.ABC):
     """What the three frameworks' replicas have in common.
 
     Args:
@@ -153,8 +154,9 @@ class Replicas(Workers):
     def _start(self):
         pass
 
+    @abc.abstractmethod
     def _sum(self, values):
-        raise NotImplementedError
+        """Does what `sum` says, for several processes."""
 
 
 def no_answer(doing: str, seconds: float) -> str:

@@ -39,15 +39,12 @@ def batch_moments(inputs, *, axis, mask=None, replicas=None):
             return mean, variance, count
         return merge(replicas, mean, variance, count)
 
-    def arrays(*shards):
-        return tuple(map(jnp.asarray, moments(*shards)))
-
     inputs = lax.stop_gradient(inputs)
     mesh = None if replicas else data_parallel_mesh(inputs, axis)
     if mesh is None:
         return moments(replicas, inputs, mask)
     mean, variance, count = on_shards(
-        mesh, arrays, inputs, mask, returns_inputs=False
+        mesh, moments, inputs, mask, returns_inputs=False
     )
     return mean, variance, _count(inputs, mask, axis, count)
 
@@ -85,14 +82,11 @@ def normalize_batch(
             inputs, gamma, beta, axis, epsilon, mask, moments, replicas
         )
 
-    def arrays(*shards):
-        return tuple(map(jnp.asarray, normalize(*shards)))
-
     mesh = None if replicas else data_parallel_mesh(inputs, axis)
     if mesh is None:
         return normalize(replicas, inputs, mask, gamma, beta, moments)
     outputs, mean, variance, count = on_shards(
-        mesh, arrays, inputs, mask, gamma, beta, moments
+        mesh, normalize, inputs, mask, gamma, beta, moments
     )
     return outputs, mean, variance, _count(inputs, mask, axis, count)
 

@@ -8,8 +8,6 @@ over them. Everywhere else arrays are whole, and so are their moments. There a
 what has to be sent: it would sum over all devices five times.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import keras
@@ -123,20 +121,24 @@ def on_shards(mesh, function, inputs, mask, *rest, returns_inputs=True):
     Args:
         mesh: from `data_parallel_mesh`.
         function: called with a `Replicas`, the shards of `inputs` and `mask`,
-            and `rest`; returns arrays `(outputs, mean, variance, count)`.
+            and `rest`; returns `(outputs, mean, variance, count)`.
         inputs: the whole batch.
         mask: None or of the rank of `inputs`.
         *rest: what all devices share: arrays, None, tuples of them.
         returns_inputs: whether there are `outputs`.
 
     Returns:
-        What `function` does, for the whole batch.
+        What `function` does, for the whole batch, as arrays.
     """
     name = mesh.axis_names[0]
     whole, split = PartitionSpec(), PartitionSpec(name)
     of_mask = split if mask is not None and mask.shape[0] > 1 else whole
+
+    def on_shard(*shards):
+        return tuple(map(jnp.asarray, function(Replicas((name,)), *shards)))
+
     return jax.shard_map(
-        functools.partial(function, Replicas((name,))),
+        on_shard,
         mesh=mesh,
         in_specs=(split, of_mask, *[whole] * len(rest)),
         out_specs=(split, whole, whole, whole)[0 if returns_inputs else 1 :],
@@ -164,11 +166,6 @@ def merge(replicas, mean, variance, count):
     mean += jnp.sum(share * (means - mean), 0)
     variance = jnp.sum(share * (variances + jnp.square(means - mean)), 0)
     return mean, variance, count
-
-
-def _is_traced(x):
-    """Whether `x` is in a computation that XLA compiles as a whole."""
-    return isinstance(x, jax.core.Tracer)
 
 
 def _are_bound(axes):

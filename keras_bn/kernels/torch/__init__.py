@@ -74,7 +74,7 @@ def normalize_batch(
     """
     if _is_seen_through():
         if replicas is not None:
-            raise NotImplementedError(
+            raise ValueError(
                 "Synchronized BatchNormalization is not for torch.func, "
                 "forward mode and tracers. Received: synchronized=True "
                 "inside of one. Call it with training=False there."
