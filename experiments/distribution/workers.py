@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import os
 import sys
@@ -75,8 +74,11 @@ class Workers:
         """Ends what the processes do together."""
 
 
-class Replicas(Workers, abc.ABC):
+class Replicas(Workers):
     """What the three frameworks' replicas have in common.
+
+    Each framework's class adds `_sum`, which does for several processes what
+    `sum` says.
 
     Args:
         time_limit: seconds to wait for the other processes.
@@ -153,10 +155,6 @@ class Replicas(Workers, abc.ABC):
 
     def _start(self):
         pass
-
-    @abc.abstractmethod
-    def _sum(self, values):
-        """Does what `sum` says, for several processes."""
 
 
 def no_answer(doing: str, seconds: float) -> str:
