@@ -13,14 +13,12 @@ from keras_bn.argument_checks import checked_virtual_batch_size
 from keras_bn.argument_checks import fraction
 from keras_bn.argument_checks import not_negative
 from keras_bn.argument_checks import refuse_axis_of_samples
-from keras_bn.channel_axes import merge_channel_axes
-from keras_bn.channel_axes import merge_mask_axes
 from keras_bn.channel_axes import split_channel_axes
 from keras_bn.channel_axes import weights_shape
 from keras_bn.config import config_of
 from keras_bn.dtypes import as_floats
 from keras_bn.dtypes import moments_dtype
-from keras_bn.masks import full_rank_mask
+from keras_bn.kernel_inputs import as_kernels_see
 from keras_bn.moving_statistics import as_vector
 from keras_bn.moving_statistics import assign_where_counted
 from keras_bn.moving_statistics import moving_average
@@ -288,21 +286,12 @@ class BatchNormalization(SwitchedLayer):
         return input_shape
 
     def call(self, inputs, training=None, mask=None):
-        inputs = ops.convert_to_tensor(inputs)
         sizes = self.input_spec.axes
-        axes = tuple(sizes)
-        if any(inputs.shape[axis] is None for axis in axes):
-            # The graph does not know what the layer was built for.
-            shape = enumerate(ops.shape(inputs))
-            inputs = ops.reshape(inputs, [sizes.get(i, n) for i, n in shape])
-        if mask is not None:
-            mask = full_rank_mask(mask, inputs.shape, axes)
-            mask = merge_mask_axes(mask, inputs, axes)
-        merged, axis = merge_channel_axes(inputs, axes)
+        inputs, merged, axis, mask = as_kernels_see(inputs, mask, sizes)
         mode = mode_of(self, training)
         self._compiled_functions.note(training, mode)
         outputs = self._normalize(merged, axis, mask, mode)
-        return split_channel_axes(outputs, inputs, axes)
+        return split_channel_axes(outputs, inputs, tuple(sizes))
 
     def _normalize(self, inputs, axis, mask, mode):
         inputs = as_floats(inputs, self.compute_dtype)

@@ -5,10 +5,9 @@ import warnings
 import keras
 
 from keras_bn.layer import BatchNormalization
+from keras_bn.model_layers import batch_normalizations
 from keras_bn.renormalization import copy_of
 from keras_bn.renormalization import initializer_of_stddev
-
-_BUILT_IN = keras.layers.BatchNormalization
 
 
 def freeze(model):
@@ -75,7 +74,7 @@ def reset_statistics(model):
     Raises:
         ValueError: As `freeze`.
     """
-    layers = _batch_normalizations("reset_statistics", model)
+    layers = batch_normalizations("reset_statistics", model)
     for layer in layers:
         mean = layer.moving_mean_initializer
         variance = layer.moving_variance_initializer
@@ -99,7 +98,7 @@ def reset_statistics(model):
 
 def _set(model, frozen):
     what = "freeze" if frozen else "thaw"
-    layers = _batch_normalizations(what, model)
+    layers = batch_normalizations(what, model)
     models = [x for x in model._flatten_layers() if isinstance(x, keras.Model)]
     for one in models:
         # Keras makes them again when it next needs them.
@@ -125,24 +124,5 @@ def _set(model, frozen):
             f"into Keras, and the optimizer of {begun} goes on with the "
             "weights that it had before; call `model.compile(...)` again.",
             stacklevel=3,
-        )
-    return layers
-
-
-def _batch_normalizations(caller, model):
-    if not isinstance(model, keras.layers.Layer):
-        raise ValueError(
-            f"`{caller}` takes a keras.Model or a layer. "
-            f"Received: model of type {type(model).__name__}."
-        )
-    layers = [
-        x
-        for x in model._flatten_layers()
-        if isinstance(x, (BatchNormalization, _BUILT_IN))
-    ]
-    if not layers:
-        raise ValueError(
-            f"`{caller}` found no batch normalization. "
-            f"Received: model={model!r}. Give a model that has some."
         )
     return layers
