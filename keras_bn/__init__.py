@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_bn.diagnostics.recalibrate import recalibrate
 from keras_bn.layer import BatchNormalization
 from keras_bn.renorm_schedule import renorm_schedule
 from keras_bn.surgery.freeze import freeze
@@ -14,6 +15,7 @@ if keras.backend.backend() == "torch":
 __all__ = [
     "BatchNormalization",
     "freeze",
+    "recalibrate",
     "renorm_schedule",
     "reset_statistics",
     "thaw",

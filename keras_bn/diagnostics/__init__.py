@@ -1,0 +1,1 @@
+"""What tells whether the moving statistics of a model are right."""

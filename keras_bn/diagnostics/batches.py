@@ -1,0 +1,115 @@
+"""Data in any form that Keras takes, as batches of NumPy arrays."""
+
+import itertools
+import math
+
+import keras
+import numpy as np
+from keras.src.trainers.data_adapters import get_data_adapter
+
+# Samples of arrays that are one batch, as in the article's training.
+BATCH_SIZE = 128
+
+
+class Batches:
+    """The batches of `data`, read anew by each `for` loop.
+
+    Args:
+        data: Array, or list or dictionary of arrays; `tf.data.Dataset`,
+            `keras.utils.PyDataset`, `torch.utils.data.DataLoader`, or a
+            generator of `(inputs,)`, `(inputs, labels)` or `(inputs, labels,
+            weights)`, which can be read once.
+        labels: Array with a label for each sample; only for arrays, the others
+            bring their own.
+        steps: Int, how many batches are read; None: all of them.
+        batch_size: Int, samples in a batch; only for arrays.
+
+    Attributes:
+        number: How many batches there are, or None where nobody knows.
+
+    Raises:
+        ValueError: `data` is none of these, empty or endless, or the number of
+            labels is not that of samples; when they are read, `data` ends
+            before `steps`, or a value is not finite.
+    """
+
+    def __init__(self, data, labels=None, steps=None, batch_size=BATCH_SIZE):
+        if steps is not None and (int(steps) != steps or steps < 1):
+            raise ValueError(
+                "`steps` must be an integer of at least 1, or None. "
+                f"Received: steps={steps!r}."
+            )
+        _check_arrays(data, labels)
+        self._steps = steps
+        self._is_read = False
+        try:
+            self._adapter = get_data_adapter(data, labels, None, batch_size)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                "`data` cannot be read. Received: data of type "
+                f"{type(data).__name__}. Keras says: {reason}"
+            ) from error
+        self.number = self._adapter.num_batches
+        if steps is not None:
+            self.number = steps
+        elif _is_endless(data):
+            raise ValueError(
+                "`data` has no end. Received: data of type "
+                f"{type(data).__name__}, steps=None. Give `steps`, the number "
+                "of batches to read."
+            )
+        self.can_be_read_again = not hasattr(data, "send")
+
+    def __iter__(self):
+        if self._is_read and not self.can_be_read_again:
+            raise ValueError(
+                "A generator can be read once, and more passes are needed. "
+                "Received: data of type generator. Give arrays, a "
+                "tf.data.Dataset or a keras.utils.PyDataset."
+            )
+        self._is_read = True
+        read = 0
+        for batch in itertools.islice(
+            self._adapter.get_numpy_iterator(), self.number
+        ):
+            inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
+            _check_finite(inputs, read)
+            read += 1
+            yield inputs, labels
+        if read < (self._steps or 1):
+            raise ValueError(
+                "`data` ended early. "
+                f"Received: {read} batches, steps={self._steps}."
+            )
+
+
+def _check_arrays(data, labels):
+    sizes = {
+        len(x) for x in keras.tree.flatten(data) if isinstance(x, np.ndarray)
+    }
+    if 0 in sizes:
+        raise ValueError("`data` is empty. Received: arrays of 0 samples.")
+    if labels is not None and sizes and {len(labels)} != sizes:
+        raise ValueError(
+            "`labels` must have one label for each sample. Received: "
+            f"{len(labels)} labels for {min(sizes)} samples."
+        )
+
+
+def _check_finite(inputs, number):
+    for x in keras.tree.flatten(inputs):
+        x = np.asarray(x)
+        if x.dtype.kind == "f" and not np.isfinite(x).all():
+            raise ValueError(
+                "`data` has values that are not finite. "
+                f"Received: NaN or infinity in batch {number}."
+            )
+
+
+def _is_endless(data):
+    if isinstance(data, keras.utils.PyDataset):
+        return data.num_batches is None
+    # Of a tf.data.Dataset; TensorFlow need not be there. -1: infinite.
+    cardinality = getattr(data, "cardinality", None)
+    return callable(cardinality) and math.isclose(float(cardinality()), -1)

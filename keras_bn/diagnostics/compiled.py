@@ -1,0 +1,44 @@
+"""A function of a model, compiled as its framework does it."""
+
+import keras
+from keras import ops
+
+
+def compiled(model, function):
+    """`function(*structures)` that may read the variables of `model`.
+
+    Args:
+        model: `keras.Model` or layer, built.
+        function: Function of tensors, which it returns too, in structures.
+
+    Returns:
+        Function of arrays. On TensorFlow a `tf.function`, on JAX a `jax.jit`
+        of the variables, on PyTorch `function` without gradients.
+    """
+
+    def of_arrays(*structures):
+        return run(
+            *keras.tree.map_structure(ops.convert_to_tensor, structures)
+        )
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        run = tf.function(function, reduce_retracing=True)
+    elif backend == "jax":
+        import jax
+
+        @jax.jit
+        def pure(values, *structures):
+            with keras.StatelessScope(list(zip(model.variables, values))):
+                return function(*structures)
+
+        def run(*structures):
+            return pure([v.value for v in model.variables], *structures)
+
+    else:
+        import torch
+
+        run = torch.no_grad()(function)
+    return of_arrays

@@ -1,0 +1,151 @@
+"""Forward passes of a whole model that look into its batch normalization.
+
+The model runs as in inference: dropout is off, and nothing is updated. In the
+meantime the batch-normalization layers named do something else than their own
+`call`: they take the moments of their inputs, and normalize with these or with
+the moving statistics, as they are told.
+"""
+
+import contextlib
+import functools
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bn import kernels
+from keras_bn.channel_axes import split_channel_axes
+from keras_bn.diagnostics.compiled import compiled
+from keras_bn.dtypes import as_floats
+from keras_bn.dtypes import moments_dtype
+from keras_bn.kernel_inputs import as_kernels_see
+from keras_bn.model_layers import BATCH_NORMALIZATIONS
+from keras_bn.moving_statistics import as_vector
+
+# A mean of more standard deviations than this is taken off first.
+_FAR = 30.0
+
+
+class ForwardPass:
+    """A function of the inputs of a model, compiled where Keras compiles.
+
+    Args:
+        model: `keras.Model` or layer, built.
+        layers: List of all batch-normalization layers in it, of ours or of
+            Keras's.
+        with_batch: Those of them that normalize with the moments of the batch.
+            The others do with their moving statistics.
+
+    Returns of a call:
+        `(outputs, moments)`: what the model returns, as arrays, and a list of
+        `(layer, mean, variance, count)` for each call of a layer, in order.
+    """
+
+    def __init__(self, model, layers, with_batch=()):
+        self._layers = layers
+        self._with_batch = with_batch
+        # Taken off the inputs of each layer: a batch's mean in float32 is too
+        # coarse for the variance of all batches where it is large.
+        self._shifts = [
+            np.zeros(math.prod(layer.moving_mean.shape), "float32")
+            for layer in layers
+        ]
+        # Of each trace: which layers are called, in order. They do not differ.
+        self._called = []
+        self._run = compiled(model, functools.partial(self._look, model))
+
+    def __call__(self, inputs):
+        outputs, moments = self._run(inputs, self._shifts)
+        far = False
+        for number, *of_call in zip(self._called, *zip(*moments)):
+            mean, variance, _ = map(ops.convert_to_numpy, of_call)
+            if np.any(np.square(mean) > _FAR**2 * variance):
+                self._shifts[number] = self._shifts[number] + mean
+                far = True
+        if far:
+            outputs, moments = self._run(inputs, self._shifts)
+        outputs = keras.tree.map_structure(ops.convert_to_numpy, outputs)
+        return outputs, [
+            (
+                self._layers[number],
+                self._shifts[number] + np.asarray(mean, "float64"),
+                variance,
+                count,
+            )
+            for number, of_call in zip(self._called, moments)
+            for mean, variance, count in [map(ops.convert_to_numpy, of_call)]
+        ]
+
+    def _look(self, model, inputs, shifts):
+        called, moments = [], []
+
+        def call(layer, inputs, mask=None):
+            number = self._layers.index(layer)
+            outputs, *of_call = _normalized(
+                layer, inputs, mask, shifts[number], layer in self._with_batch
+            )
+            called.append(number)
+            moments.append(tuple(map(ops.convert_to_tensor, of_call)))
+            return outputs
+
+        with _calls_replaced(self._layers, call):
+            outputs = model(inputs, training=False)
+        self._called = called
+        return outputs, moments
+
+
+def _normalized(layer, inputs, mask, shift, with_batch):
+    """`(outputs, mean, variance, count)` of a layer, the mean without shift."""
+    sizes, rank = layer.input_spec.axes, layer.input_spec.ndim
+    sizes = {axis % rank: size for axis, size in sizes.items()}
+    inputs, merged, axis, mask = as_kernels_see(inputs, mask, sizes)
+    dtype = moments_dtype(as_floats(merged, layer.compute_dtype).dtype)
+    shift = ops.cast(shift, dtype)
+    shape = [-1 if i == axis else 1 for i in range(len(merged.shape))]
+    merged = ops.cast(merged, dtype) - ops.reshape(shift, shape)
+    mean, variance, count = kernels.batch_moments(merged, axis=axis, mask=mask)
+    statistics = mean, variance
+    if getattr(layer, "use_moving_statistics", None) is False:
+        with_batch = True
+    if not with_batch:
+        moving_mean, moving_variance = (
+            as_vector(v, dtype)
+            for v in (layer.moving_mean, layer.moving_variance)
+        )
+        statistics = moving_mean - shift, moving_variance
+    gamma, beta = (
+        None if v is None else as_vector(v, dtype)
+        for v in (layer.gamma, layer.beta)
+    )
+    outputs = kernels.normalize_with(
+        merged, *statistics, gamma, beta, axis=axis, epsilon=layer.epsilon
+    )
+    outputs = split_channel_axes(outputs, inputs, tuple(sizes))
+    return ops.cast(outputs, layer.compute_dtype), mean, variance, count
+
+
+@contextlib.contextmanager
+def _calls_replaced(layers, call):
+    """Calls of `layers` are those of `call(layer, inputs, mask)` meanwhile.
+
+    Set on the classes, so that a subclass that goes on to their `call` is
+    looked into as well.
+    """
+
+    def replaced(own):
+        def call_of_class(layer, inputs, training=None, mask=None):
+            if any(layer is one for one in layers):
+                return call(layer, inputs, mask)
+            return own(layer, inputs, training=training, mask=mask)
+
+        return call_of_class
+
+    owns = {one: one.call for one in BATCH_NORMALIZATIONS}
+    try:
+        for one, own in owns.items():
+            one.call = replaced(own)
+        yield
+    finally:
+        for one, own in owns.items():
+            one.call = own

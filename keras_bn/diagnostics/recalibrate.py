@@ -1,0 +1,276 @@
+"""Moving statistics computed anew, for the weights as they are."""
+
+import dataclasses
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bn.diagnostics.batches import BATCH_SIZE
+from keras_bn.diagnostics.batches import Batches
+from keras_bn.diagnostics.distances import log_ratio
+from keras_bn.diagnostics.distances import mean_distance
+from keras_bn.diagnostics.forward_passes import ForwardPass
+from keras_bn.diagnostics.moments_of_data import MergedMoments
+from keras_bn.diagnostics.scores import Comparison
+from keras_bn.diagnostics.text_table import text_table
+from keras_bn.diagnostics.thresholds import SCORE_LOST
+from keras_bn.model_layers import built_batch_normalizations
+
+
+@dataclasses.dataclass(frozen=True)
+class RecalibratedLayer:
+    """What `recalibrate` did to one layer.
+
+    Attributes:
+        layer: Name of the layer.
+        positions: Float, how many positions of a channel the statistics are
+            of: the largest count of all channels.
+        mean_distance: Float, how far the moving means were off: the root mean
+            square over channels of the difference, in standard deviations
+            `sqrt(variance + epsilon)` of the data.
+        variance_log_ratio: Float, the same of `log((old variance + epsilon) /
+            (new variance + epsilon))`.
+    """
+
+    layer: str
+    positions: float
+    mean_distance: float
+    variance_log_ratio: float
+
+
+class Recalibration(list):
+    """A `RecalibratedLayer` for each layer, in order; printed as a table."""
+
+    def __str__(self):
+        return text_table(
+            ["layer", "positions", "means off by", "log variance off by"],
+            [
+                [
+                    one.layer,
+                    f"{one.positions:,.0f}",
+                    f"{one.mean_distance:.3g}",
+                    f"{one.variance_log_ratio:.3g}",
+                ]
+                for one in self
+            ],
+        )
+
+
+def recalibrate(
+    model,
+    data,
+    steps=None,
+    method="batch",
+    labels=None,
+    force=False,
+    frozen=False,
+    batch_size=BATCH_SIZE,
+    verbose=1,
+):
+    """Sets the moving statistics to the moments of `data`, without training.
+
+    Wu & Johnson, 2021, arXiv 2105.07576, section 3, compare them with moving
+    averages and call the first method "precise" statistics. On data of another
+    domain this is AdaBN (Li et al., 2016, arXiv 1603.04779). All else runs as
+    in inference: dropout is off, and no other weight changes.
+
+    The moments of all batches merge in float64 by counts, means and squared
+    deviations (Chan, Golub & LeVeque, 1979), so that batches may differ in
+    size. A layer that is called several times gets those of all its inputs.
+    Channels of which the data shows nothing, as under a mask, keep what they
+    have. Counters of batches are set to the batches read.
+
+    Args:
+        model: `keras.Model` or layer, built; its batch normalization, of ours
+            or built into Keras, is found at any depth.
+        data: Training data without augmentation: array, list or dictionary of
+            arrays, `tf.data.Dataset`, `keras.utils.PyDataset`,
+            `torch.utils.data.DataLoader` or generator. A few thousand samples
+            will do.
+        steps: Int, how many batches to read; None: all.
+        method: `"batch"`: one pass, in which each batch is normalized with its
+            own moments, as in training; for batches of the size of training,
+            or larger. `"layerwise"`: one pass for each layer, in which the
+            layers before it normalize with their new statistics, as inference
+            will; for batches that are so small that the moments of one (the
+            variance is 7% off at 8 samples) would be carried into the layers
+            above.
+        labels: Array of labels, one for each sample of arrays; other data
+            brings its own. With labels the batch's statistics are compared
+            with the moving ones first.
+        force: Whether to go on where the labels say that the weights were
+            trained for the moving statistics.
+        frozen: Whether layers that do not update in training either
+            (`trainable=False`, or our switches) are recalibrated too.
+        batch_size: Int, samples in a batch of arrays.
+        verbose: 1 for a progress bar, 0 for none.
+
+    Returns:
+        `Recalibration`: a `RecalibratedLayer` for each layer.
+
+    Raises:
+        ValueError: an argument is not one of the above; the model has no batch
+            normalization, is not built, or all of it is frozen; the data is
+            empty, ends before `steps`, or is not finite; or the labels say
+            that inference is better than the batch's statistics. In every
+            case, interrupted too, the statistics stay what they were.
+    """
+    if method not in ("batch", "layerwise"):
+        raise ValueError(
+            '`method` must be "batch" or "layerwise". '
+            f"Received: method={method!r}."
+        )
+    every_layer = built_batch_normalizations("recalibrate", model)
+    layers = [x for x in every_layer if frozen or not is_frozen(x)]
+    if not layers:
+        raise ValueError(
+            "All batch normalization in the model is frozen. Received: "
+            f"frozen=False, layers {[x.name for x in every_layer]}. Give "
+            "`frozen=True` to recalibrate it nevertheless."
+        )
+    batches = Batches(data, labels, steps, batch_size)
+    passes = _Passes(model, every_layer, layers, batches, verbose)
+    before = [
+        (variable, ops.convert_to_numpy(variable))
+        for layer in layers
+        for variable in layer.non_trainable_variables
+    ]
+    try:
+        if method == "batch":
+            moments = passes.with_batch(compares=not force)
+            for layer in layers:
+                set_statistics(layer, moments[layer])
+        else:
+            moments = passes.layer_by_layer(compares=not force)
+    except BaseException:
+        for variable, value in before:
+            variable.assign(value)
+        raise
+    values = {id(variable): value for variable, value in before}
+    return Recalibration(
+        _what_changed(layer, moments[layer], values) for layer in layers
+    )
+
+
+def is_frozen(layer):
+    """Whether training leaves the moving statistics of a layer alone."""
+    return not (
+        layer.trainable and getattr(layer, "update_moving_statistics", True)
+    )
+
+
+def set_statistics(layer, moments):
+    """Assigns `MergedMoments` where they hold positions.
+
+    As many batches count as there were parts, the statistics that
+    renormalization corrects by are set too, and an `unbiased_variance` is
+    divided by N - 1.
+    """
+    variance = moments.variance
+    if getattr(layer, "unbiased_variance", False):
+        variance = variance * moments.count / np.maximum(moments.count - 1, 1)
+    stddev = np.sqrt(variance + layer.epsilon)
+    for name, value in (
+        ("moving_mean", moments.mean),
+        ("moving_variance", variance),
+        ("moving_stddev", stddev),
+        ("renorm_mean", moments.mean),
+        ("renorm_stddev", stddev),
+        ("num_batches_tracked", moments.parts),
+    ):
+        variable = getattr(layer, name, None)
+        if variable is not None:
+            old = ops.convert_to_numpy(variable)
+            new = np.where(moments.count > 0, value, old.reshape(-1))
+            variable.assign(new.reshape(old.shape).astype(old.dtype))
+
+
+class _Passes:
+    def __init__(self, model, every_layer, layers, batches, verbose):
+        self._model = model
+        self._every_layer = every_layer
+        self._layers = layers
+        self._batches = batches
+        self._verbose = verbose
+        self._in_inference = ForwardPass(model, every_layer)
+
+    def with_batch(self, compares):
+        """`MergedMoments` of each layer, by one pass."""
+        with_batch = ForwardPass(self._model, self._every_layer, self._layers)
+        comparison = Comparison(self._model)
+        moments = _none_yet(self._layers)
+        for inputs, labels in self._read():
+            outputs, of_calls = with_batch(inputs)
+            _add(of_calls, moments)
+            if compares and labels is not None:
+                before, _ = self._in_inference(inputs)
+                comparison.add(before, outputs, labels)
+        _refuse_where_inference_is_better(comparison)
+        return moments
+
+    def layer_by_layer(self, compares):
+        """The same; each layer has its new statistics when the next is read."""
+        if compares:
+            self.with_batch(compares)
+        done, to_do = {}, None
+        while to_do is None or to_do:
+            moments, order = _none_yet(self._layers), {}
+            for inputs, _ in self._read():
+                _, of_calls = self._in_inference(inputs)
+                _add(of_calls, moments)
+                order.update((layer, None) for layer, *_ in of_calls)
+            if to_do is None:
+                to_do = [x for x in order if x in moments]
+            layer = to_do.pop(0)
+            done[layer] = moments[layer]
+            set_statistics(layer, moments[layer])
+        return {**moments, **done}
+
+    def _read(self):
+        bar = keras.utils.Progbar(self._batches.number, verbose=self._verbose)
+        for batch in self._batches:
+            yield batch
+            bar.add(1)
+        if self._batches.number is None:
+            bar.update(bar._seen_so_far, finalize=True)
+
+
+def _none_yet(layers):
+    return {
+        layer: MergedMoments(int(np.prod(layer.moving_mean.shape)))
+        for layer in layers
+    }
+
+
+def _add(of_calls, moments):
+    for layer, *of_call in of_calls:
+        if layer in moments:
+            moments[layer].add(*of_call)
+
+
+def _what_changed(layer, moments, before):
+    counted = moments.count > 0
+    mean, variance = (
+        before[id(v)].reshape(-1)[counted]
+        for v in (layer.moving_mean, layer.moving_variance)
+    )
+    new_mean, new_variance = moments.mean[counted], moments.variance[counted]
+    return RecalibratedLayer(
+        layer.name,
+        float(moments.count.max()),
+        mean_distance(mean, new_mean, new_variance, layer.epsilon),
+        log_ratio(variance, new_variance, layer.epsilon),
+    )
+
+
+def _refuse_where_inference_is_better(comparison):
+    if comparison.lost_with_batch() <= SCORE_LOST:
+        return
+    raise ValueError(
+        "The weights were trained for the moving statistics that they have: "
+        f"{comparison.name} is {comparison.in_inference:.3f} in inference and "
+        f"{comparison.with_batch:.3f} with the statistics of the batch. "
+        "Received: force=False. Train with training=True, or recalibrate "
+        "nevertheless with force=True."
+    )
