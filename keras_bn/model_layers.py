@@ -26,7 +26,9 @@ def batch_normalizations(caller, model):
             f"Received: model of type {type(model).__name__}."
         )
     layers = [
-        x for x in model._flatten_layers() if isinstance(x, BATCH_NORMALIZATIONS)
+        x
+        for x in model._flatten_layers()
+        if isinstance(x, BATCH_NORMALIZATIONS)
     ]
     if not layers:
         raise ValueError(

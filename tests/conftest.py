@@ -8,9 +8,6 @@ backend, or after a peer of its, is collected on that backend alone.
 import os
 import signal
 
-# A shell makes what it starts in the background deaf to Ctrl-C, and so would
-# be the programs that tests interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Two logical devices, for what is sharded.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
@@ -18,6 +15,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 import hypothesis
 import keras
 import pytest
+
+# A shell makes what it starts in the background deaf to Ctrl-C, and so would
+# be the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # From each backend to the peer that its environment holds.
 _PEERS = {"tensorflow": "tf_keras", "jax": "flax", "torch": "torch"}

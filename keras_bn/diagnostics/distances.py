@@ -23,4 +23,6 @@ def log_ratio(moving_variance, variance, epsilon):
 
 
 def _root_mean_square(x):
-    return float(np.sqrt(np.mean(np.square(x, dtype="float64")))) if len(x) else 0.0
+    if not len(x):
+        return 0.0
+    return float(np.sqrt(np.mean(np.square(x, dtype="float64"))))
