@@ -411,3 +411,20 @@ def test_a_steep_gradient_makes_nothing_of_what_is_masked(kind):
     )
     assert np.isfinite(of_inputs[kept]).all()
     np.testing.assert_array_equal(of_inputs[~kept], 0.0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(5000, 4), (20000, 4), (256, 16, 16, 2)])
+def test_channels_of_one_value(shape, masked):
+    """Rounding must not make a variance negative, nor an output NaN."""
+    inputs = np.ones(shape, "float32") * np.geomspace(1e3, 1e6, shape[-1])
+    mask = None
+    if masked:
+        mask = frameworks.tensor(np.arange(shape[0]) % 3 > 0, "bool")
+        mask = keras.ops.reshape(mask, (-1, *[1] * (len(shape) - 1)))
+    layer = keras_bn.BatchNormalization(momentum=0.0)
+    inputs = frameworks.tensor(inputs)
+    outputs = layer(inputs, training=True, mask=mask)
+    assert np.isfinite(frameworks.array(outputs)).all()
+    assert frameworks.array(layer.moving_variance).min() >= 0.0
+    assert np.isfinite(frameworks.array(layer(inputs))).all()

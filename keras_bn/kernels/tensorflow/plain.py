@@ -45,8 +45,17 @@ def moments(inputs, axis, mask=None, count=None, total=sum_of_positions):
     if mask is not None:
         deviations = tf.where(mask, deviations, 0.0)
     rest = total(deviations, axis) / divisor(count)
-    variance = total(tf.square(deviations), axis) / divisor(count)
-    return shift + rest, variance - tf.square(rest), count
+    square = total(tf.square(deviations), axis) / divisor(count)
+    return shift + rest, _variance(square, rest), count
+
+
+def _variance(square, rest):
+    """From the mean square of deviations and their mean, which is small.
+
+    Where all elements are one number both are rounding, and the difference may
+    be less than 0.
+    """
+    return tf.maximum(square - tf.square(rest), 0.0)
 
 
 def normalize_few(x, gamma, beta, epsilon):
@@ -64,7 +73,7 @@ def normalize_few(x, gamma, beta, epsilon):
     deviations = rows - shift
     rest = _sum_of_rows(deviations) / count
     mean = shift + rest
-    variance = _sum_of_rows(tf.square(deviations)) / count - tf.square(rest)
+    variance = _variance(_sum_of_rows(tf.square(deviations)) / count, rest)
     factor = gamma * tf.math.rsqrt(variance + epsilon)
     outputs = deviations * factor + (beta - rest * factor)
     outputs = tf.cast(tf.reshape(outputs, tf.shape(x)), x.dtype)
@@ -122,7 +131,7 @@ def gradients(
                 tf.reduce_sum(counted, reduced),
                 tf.reduce_sum(tf.square(counted), reduced),
             )
-            inverse = tf.math.rsqrt(square - tf.square(rest) + epsilon)
+            inverse = tf.math.rsqrt(_variance(square, rest) + epsilon)
             deviation -= along(axis, rest, rank)
         normalized = deviation * along(axis, inverse, rank)
         # A masked NaN that no gradient comes back for stays out of it.
