@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from keras_bn.kernels.tensorflow import fused
 from keras_bn.kernels.tensorflow.views import channels_last
+from keras_bn.kernels.tensorflow.views import is_for_xla
 from keras_bn.kernels.tensorflow.views import is_small
 from keras_bn.kernels.tensorflow.views import moments_type
 from keras_bn.kernels.tensorflow.views import positions
@@ -131,11 +132,22 @@ def map_normalize(
         return outputs, mean, variance, count
 
     batch = _sizes(inputs)[0]
-    rest = batch % size
     tensors = [inputs] if mask is None else [inputs, mask]
+    if isinstance(batch, int) and batch < size:
+        outputs, *moments = normalize(*tensors)
+        return outputs, *(moment[None] for moment in moments)
+    rest = batch % size
     # A split is no copy, and the gradient of one is a single copy.
     halves = [tf.split(t, [batch - rest, rest]) for t in tensors]
     wholes, rests = zip(*halves)
+    # XLA has no loop of no parts: one of zeros, that counts for nothing.
+    padded = not isinstance(batch, int) and is_for_xla()
+    if padded:
+        none = tf.cast(batch < size, tf.int32)
+        wholes = [
+            tf.pad(t, [[0, none * size]] + [[0, 0]] * (t.shape.rank - 1))
+            for t in wholes
+        ]
     wholes = tuple(tf.reshape(t, [-1, size, *_sizes(t)[1:]]) for t in wholes)
     vector = tf.TensorSpec([channels], dtype)
     outputs, *moments = tf.map_fn(
@@ -151,6 +163,9 @@ def map_normalize(
     outputs = tf.reshape(outputs, [-1, *_sizes(inputs)[1:]])
     if isinstance(rest, int) and not rest and batch:
         return outputs, *moments
+    if padded:
+        outputs = outputs[: batch - rest]
+        moments[2] *= tf.cast(1 - none, dtype)
     last = normalize(*rests)
     outputs = tf.concat([outputs, last[0]], 0)
     return tf.ensure_shape(outputs, inputs.shape), *(

@@ -116,4 +116,6 @@ def _shift(inputs, mask, axis):
     sample = tf.cast(inputs[tuple(picked)], moments_type(inputs.dtype))
     total = tf.reduce_sum(tf.where(kept, sample, 0.0), reduced)
     count = tf.reduce_sum(tf.cast(kept, total.dtype), reduced)
-    return tf.math.divide_no_nan(total, count)
+    # Of sizes that are not known TensorFlow infers no rank.
+    shift = tf.math.divide_no_nan(total, count)
+    return tf.ensure_shape(shift, [inputs.shape[axis]])

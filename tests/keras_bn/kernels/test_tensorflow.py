@@ -177,6 +177,39 @@ def test_under_xla(masked, far, dtype):
     )
 
 
+def test_fewer_samples_than_a_ghost_batch_under_xla():
+    """12 samples in batches of 8, which are the ghost batches."""
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(2.0, 3.0, (12, 3, 4)).astype("float32")
+    layer = keras_bn.BatchNormalization(momentum=0.5, virtual_batch_size=8)
+    model = keras.Sequential([keras.Input((3, 4)), layer])
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=True)
+    model.fit(inputs, inputs, batch_size=8, shuffle=False, verbose=0)
+    first, last = (x.reshape(-1, 4) for x in (inputs[:8], inputs[8:]))
+    mean = first.mean(0) / 4.0 + last.mean(0) / 2.0
+    variance = 0.25 + first.var(0) / 4.0 + last.var(0) / 2.0
+    np.testing.assert_allclose(layer.moving_mean, mean, 1e-5)
+    np.testing.assert_allclose(layer.moving_variance, variance, 1e-5)
+
+
+@pytest.mark.parametrize("known", [(None,) * 3, (16, None, 11), (16, 7, 11)])
+def test_a_mask_of_channels_in_a_graph(known):
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(5.0, 2.0, (16, 7, 11, 18)).astype("float32")
+    mask = generator.random((1, 1, 11, 18)) < 0.5
+    step = tf.function(
+        lambda *batch: kernels.batch_moments(batch[0], axis=3, mask=batch[1]),
+        input_signature=[
+            tf.TensorSpec([*known, 18]),
+            tf.TensorSpec([1, 1, known[2], 18], tf.bool),
+        ],
+    )
+    found = step(inputs, mask)
+    expected = reference.batch_moments(inputs, axis=3, mask=mask)
+    for one, right in zip(found, expected):
+        np.testing.assert_allclose(one, right, 1e-5)
+
+
 def test_export_to_saved_model(tmp_path):
     inputs = keras.Input((None, None, 3))
     x = keras_bn.BatchNormalization(renorm=True)(inputs)
