@@ -19,32 +19,6 @@ from keras_bn.dtypes import at_least
 
 
 class _MovingAverage:
-    def updated_in_turn(self, past, values, counted, batches=None, several=1):
-        """Takes several batches in, one after the other.
-
-        Args:
-            past: As for `updated`.
-            values: Tensor of shape `(rows, channels)`, of a batch each.
-            counted: Boolean tensor of that shape, which of them count.
-            batches: How many batches each channel has seen, `(channels,)`,
-                before these; for averages that count them.
-            several: How many batches a row stands for, whose average it is:
-                an int, or a tensor of the shape of `values`.
-        """
-        if self.counts_batches:
-            more = ops.where(counted, several * ops.ones_like(values), 0.0)
-            so_far = batches + ops.cast(ops.cumsum(more, 0), values.dtype)
-            batches = at_least(so_far, 1.0)
-        kept, new = self.weights(batches, several)
-        # How much is kept of what was there before each batch, and at the end
-        # of what each batch brings.
-        kept = ops.where(counted, kept * ops.ones_like(values), 1.0)
-        to_the_end = ops.flip(ops.cumprod(ops.flip(kept, 0), axis=0), 0)
-        after = ops.concatenate([to_the_end[1:], ops.ones_like(kept[:1])], 0)
-        brought = ops.where(counted, values * new * after, 0.0)
-        brought = ops.sum(ops.cast(brought, values.dtype), 0)
-        return past * to_the_end[0] + brought
-
     def updated(self, past, value, batches=None):
         """The average with one more batch.
 
@@ -54,10 +28,14 @@ class _MovingAverage:
             batches: How many batches each channel has seen, `(channels,)`,
                 before this one; for averages that count them.
         """
-        if self.counts_batches:
-            batches = batches + 1.0
-        kept, new = self.weights(batches)
-        return past * kept + value * new
+        new = self.weight_of_new(batches)
+        return past * (1.0 - new) + value * new
+
+    def average_of(self, values, several):
+        """The average of rows that are taken in in turn, without a past."""
+        none = ops.zeros_like(values[0])
+        _, of_rows = self.without_initial.weights(*_in_turn(several), none)
+        return ops.sum(values * of_rows, 0)
 
 
 class ExponentialMovingAverage(_MovingAverage):
@@ -72,24 +50,42 @@ class ExponentialMovingAverage(_MovingAverage):
     def __init__(self, momentum):
         self.momentum = momentum
 
-    def weights(self, batches, several=1):
-        """The weights of the past and of the new value; they add up to 1.
+    @property
+    def without_initial(self):
+        """The average whose initial value counts for nothing."""
+        return DebiasedMovingAverage(self.momentum)
+
+    def weight_of_new(self, batches):
+        """What one more batch weighs, the past weighing the rest.
 
         Args:
-            batches: How many batches there are with the new ones, a tensor;
-                None where `counts_batches` is False.
-            several: How many batches the new value is the average of: an int,
-                or an integer tensor.
+            batches: As for `updated`.
         """
-        if isinstance(several, int):
-            kept = self.momentum**several
-        else:
-            kept = ops.power(self.momentum, several)
-        return kept, 1.0 - kept
+        return 1.0 - self.momentum
 
-    def average_of(self, values, counted):
-        """What the batches of rows weigh together, without a past."""
-        return DebiasedMovingAverage(self.momentum).average_of(values, counted)
+    def weights(self, several, later, total, batches):
+        """What the past weighs and what rows do that are taken in in turn.
+
+        Args:
+            several: How many batches each row stands for, whose average it
+                is: `(rows, 1)` or `(rows, channels)`; 0 where it does not
+                count.
+            later: How many follow each row, of that shape.
+            total: The sum of `several`.
+            batches: As for `updated`.
+        """
+        return self.kept(total), self.kept(later) * self.brought(several)
+
+    def kept(self, batches):
+        """`momentum ** batches`, what so many leave of the past."""
+        return ops.power(ops.zeros_like(batches) + self.momentum, batches)
+
+    def brought(self, batches):
+        """`1 - momentum ** batches`."""
+        if self.momentum == 0.0:
+            return ops.cast(batches > 0, batches.dtype)
+        # expm1 keeps the digits where the momentum is close to 1.
+        return -ops.expm1(batches * math.log(self.momentum))
 
 
 class DebiasedMovingAverage(_MovingAverage):
@@ -109,25 +105,28 @@ class DebiasedMovingAverage(_MovingAverage):
     def __init__(self, momentum):
         self.momentum = momentum
 
-    def weights(self, batches, several=1):
+    @property
+    def without_initial(self):
+        """As above."""
+        return self
+
+    def weight_of_new(self, batches):
         """As above."""
         if self.momentum == 1.0:
-            return CumulativeAverage().weights(batches, several)
-        if self.momentum == 0.0:
-            return 0.0, 1.0
-        # expm1 keeps the digits where the momentum is close to 1, and the
-        # same operation above and below makes the first weight 1 exactly.
-        log_momentum = math.log(self.momentum)
-        several = several * ops.ones_like(batches)
-        new = ops.expm1(several * log_momentum) / ops.expm1(
-            batches * log_momentum
-        )
-        return 1.0 - new, new
+            return CumulativeAverage().weight_of_new(batches)
+        # The same operation above and below makes the first weight 1 exactly.
+        brought = ExponentialMovingAverage(self.momentum).brought
+        return brought(ops.ones_like(batches)) / brought(batches + 1.0)
 
-    def average_of(self, values, counted):
+    def weights(self, several, later, total, batches):
         """As above."""
-        zeros = ops.zeros_like(values[0])
-        return self.updated_in_turn(zeros, values, counted, zeros)
+        if self.momentum == 1.0:
+            return CumulativeAverage().weights(several, later, total, batches)
+        biased = ExponentialMovingAverage(self.momentum)
+        of_past, of_rows = biased.weights(several, later, total, batches)
+        # At least one batch, to divide by what is not 0.
+        divisor = biased.brought(at_least(batches + total, 1.0))
+        return of_past * biased.brought(batches) / divisor, of_rows / divisor
 
 
 class CumulativeAverage(_MovingAverage):
@@ -135,12 +134,19 @@ class CumulativeAverage(_MovingAverage):
 
     counts_batches = True
 
-    def weights(self, batches, several=1):
+    @property
+    def without_initial(self):
         """As above."""
-        new = several / batches
-        return 1.0 - new, new
+        return self
 
-    average_of = DebiasedMovingAverage.average_of
+    def weight_of_new(self, batches):
+        """As above."""
+        return 1.0 / (batches + 1.0)
+
+    def weights(self, several, later, total, batches):
+        """As above."""
+        divisor = at_least(batches + total, 1.0)
+        return batches / divisor, several / divisor
 
 
 def moving_average(momentum, debias):
@@ -184,20 +190,21 @@ def take_in(updates, count, batches=None, replicas=None, merged=False):
             for average, past, value in zip(averages, pasts, values)
         ]
     else:
-        several = 1
-        counted = ops.broadcast_to(count > 0, ops.shape(values[0]))
+        several = ops.cast(count > 0, dtype)
         if replicas is not None and merged:
             # A row for each replica: how many batches, and their average.
-            several = ops.sum(ops.cast(counted, dtype), 0)
-            rows = [a.average_of(v, counted) for a, v in zip(averages, values)]
-            several, *values = _gathered(replicas, [several, *rows])
-            count, counted = several, several > 0
+            rows = [a.average_of(v, several) for a, v in zip(averages, values)]
+            more = ops.broadcast_to(ops.sum(several, 0), ops.shape(rows[0]))
+            several, *values = _gathered(replicas, [more, *rows])
+            count = several
         count = ops.sum(count, 0)
-        more = ops.sum(ops.where(counted, several, 0), 0)
-        news = [
-            average.updated_in_turn(past, value, counted, seen, several)
-            for average, past, value in zip(averages, pasts, values)
-        ]
+        turns = _in_turn(several)
+        more = turns[2]
+        weights = {a: a.weights(*turns, seen) for a in set(averages)}
+        news = []
+        for average, past, rows in zip(averages, pasts, values):
+            of_past, of_rows = weights[average]
+            news.append(past * of_past + ops.sum(rows * of_rows, 0))
     if replicas is not None and not merged:
         news, more, count = _agreed(replicas, pasts, news, more, count)
     for variable, new in zip(variables, news):
@@ -207,6 +214,14 @@ def take_in(updates, count, batches=None, replicas=None, merged=False):
         so_far = so_far + ops.cast(more, so_far.dtype)
         assign_where_counted(batches, so_far, count)
     return count
+
+
+def _in_turn(several):
+    """How many batches each row is, how many follow it, and their total."""
+    # float64 would be rounded by PyTorch's `cumsum`; these are small numbers.
+    total = ops.sum(several, 0)
+    so_far = ops.cast(ops.cumsum(several, 0), several.dtype)
+    return several, total - so_far, total
 
 
 def _agreed(replicas, pasts, news, more, count):

@@ -115,11 +115,7 @@ SHORT = 2e-2
 
 def _precision(case):
     """The error allowed in what is float32 or float64."""
-    if case["dtype"] != "float64":
-        return 2e-5
-    # `ops.cumprod` narrows float64 on PyTorch.
-    narrowed = frameworks.IS_TORCH and case["virtual_batch_size"]
-    return 1e-6 if narrowed else 1e-11
+    return 1e-11 if case["dtype"] == "float64" else 2e-5
 
 
 def _close(found, expected, tolerance, what):
