@@ -295,6 +295,71 @@ if BACKEND == "jax":
             call("c")
 
 
+if BACKEND == "tensorflow":
+    ON_TWO_DEVICES = """
+import sys
+import numpy as np
+import tensorflow as tf
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * 2,
+)
+import keras
+import keras_bn
+
+values = np.random.default_rng(0).normal(3.0, 2.0, (17, 3)).astype("float32")
+
+
+class InCondition(keras.layers.Layer):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def call(self, inputs, training=None):
+        return tf.cond(
+            tf.reduce_sum(inputs) > -1e9,
+            lambda: self.layer(inputs, training=training),
+            lambda: inputs,
+        )
+
+
+def fitted(layer, samples, wrapped):
+    layer = layer(momentum=0.5)
+    inner = InCondition(layer) if wrapped else layer
+    model = keras.Sequential([keras.Input((3,)), inner])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    targets = values[:samples]
+    model.fit(targets, targets, batch_size=8, shuffle=False, verbose=0)
+    return np.array([layer.moving_mean.numpy(), layer.moving_variance.numpy()])
+
+
+def ours(**kwargs):
+    synchronized = sys.argv[1] == "17"
+    return keras_bn.BatchNormalization(synchronized=synchronized, **kwargs)
+
+
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    found = fitted(ours, int(sys.argv[1]), wrapped=sys.argv[1] == "16")
+    if sys.argv[1] == "16":
+        right = fitted(keras.layers.BatchNormalization, 16, wrapped=True)
+if sys.argv[1] == "17":
+    right = fitted(keras.layers.BatchNormalization, 17, wrapped=False)
+np.testing.assert_allclose(found, right, 1e-5)
+"""
+
+    @pytest.mark.parametrize("samples", ["16", "17"])
+    def test_on_two_devices_as_keras(samples):
+        """16, in a `tf.cond`: alone on each, as Keras's layer there. 17: one
+        device is left without any, and the layer is Keras's on one."""
+        subprocess.run(
+            [sys.executable, "-c", ON_TWO_DEVICES, samples],
+            check=True,
+            cwd=replicas.ROOT,
+            timeout=120,
+        )
+
+
 if BACKEND == "torch":
     # One replica has other channels, or leaves before the others are done.
     UNEQUAL = """

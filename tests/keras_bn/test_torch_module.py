@@ -1,6 +1,8 @@
 """What PyTorch's own tools do to a model that holds the layer."""
 
 import copy
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -445,7 +447,7 @@ def _agree(of_rank):
 @pytest.mark.parametrize("setup", SETUPS)
 def test_distributed_data_parallel(of_ranks, setup):
     (stages, state), (others, other_state) = of_ranks[setup]
-    *_, broadcast = setup
+    _, synchronized, broadcast = setup
     apart, built, forward = zip(stages, others)
     assert not _agree(apart)
     # By PyTorch's rule, for its own layer too.
@@ -453,14 +455,99 @@ def test_distributed_data_parallel(of_ranks, setup):
     assert all(map(torch.equal, built[0], apart[0]))
     assert set(state) == set(other_state)
     for key, value in state.items():
-        assert torch.equal(value, other_state[key]), key
+        agree = synchronized or broadcast or "/moving_" not in key
+        assert torch.equal(value, other_state[key]) == agree, key
     assert any(key.endswith("moving_mean") for key in state)
 
 
 def test_broadcasting_changes_nothing_that_agrees(of_ranks):
-    for name, synchronized, broadcast in SETUPS:
-        state, without = (
-            of_ranks[name, synchronized, b][0][1] for b in (broadcast, False)
-        )
+    for name in ("sequential", "layer in a module"):
+        state, without = (of_ranks[name, True, b][0][1] for b in (True, False))
         for key, value in state.items():
             assert torch.equal(value, without[key])
+
+
+IN_TWO_PROCESSES = """
+import sys
+import torch
+import keras_bn
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+synchronized = sys.argv[3] == "True"
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+)
+"""
+JOINED = (
+    IN_TWO_PROCESSES
+    + """
+layer = keras_bn.BatchNormalization(momentum=0.0, synchronized=synchronized)
+layer.build((None, 3))
+model = torch.nn.Sequential(torch.nn.Linear(3, 3), layer)
+model.forward = lambda x: layer(model[0](x), training=True)
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+try:
+    with parallel.join():
+        for _ in range(3 - 2 * rank):
+            parallel(torch.randn(4, 3)).sum().backward()
+    print(layer.moving_mean.numpy().tolist())
+except ValueError as error:
+    print(str(error).splitlines()[2])
+"""
+)
+# Each process is a group of its own.
+CHECKPOINTED = (
+    IN_TWO_PROCESSES
+    + """
+groups = [torch.distributed.new_group([i]) for i in range(2)]
+layer = keras_bn.BatchNormalization(synchronized=synchronized)
+layer.build((None, 3))
+called = lambda x: torch.tanh(layer(x, training=True))
+model = torch.nn.Sequential(torch.nn.Linear(3, 3), layer)
+model.forward = lambda x: torch.utils.checkpoint.checkpoint(
+    called, x, use_reentrant=False
+)
+parallel = torch.nn.parallel.DistributedDataParallel(
+    model, process_group=groups[rank], find_unused_parameters=True
+)
+torch.manual_seed(rank)
+gradients = []
+inputs, output_gradient = torch.randn(4, 3) + rank, torch.randn(4, 3)
+for function in (parallel, called):
+    leaf = inputs.clone().requires_grad_()
+    if function is called:
+        layer.synchronized = False
+    function(leaf).backward(output_gradient)
+    gradients.append(leaf.grad)
+print(torch.equal(*gradients))
+"""
+)
+
+
+def _in_two_processes(program, folder, synchronized):
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, folder, str(rank), synchronized],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    return [process.communicate(timeout=60)[0] for process in running]
+
+
+def test_joined_processes_train_as_with_torchs_layer(tmp_path):
+    """The statistics in the end are those of the process that went on."""
+    first, second = _in_two_processes(JOINED, tmp_path, "False")
+    assert first == second and "[0.0, 0.0, 0.0]" not in first
+
+
+def test_joined_processes_are_not_synchronized(tmp_path):
+    for said in _in_two_processes(JOINED, tmp_path, "True"):
+        assert "does not work under DistributedDataParallel.join" in said
+
+
+def test_checkpointing_in_a_group_of_ones_own(tmp_path):
+    """The recomputation, outside of DDP, meets the same replicas."""
+    for said in _in_two_processes(CHECKPOINTED, tmp_path, "True"):
+        assert said == "True\n"

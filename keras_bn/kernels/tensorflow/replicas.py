@@ -1,5 +1,7 @@
 """Replicas in TensorFlow: those of the `tf.distribute` strategy that runs."""
 
+import threading
+
 import tensorflow as tf
 
 
@@ -30,13 +32,24 @@ def find_replicas(axis_name, synchronized, state):
     """The replicas that the caller is one of, or None.
 
     `tf.distribute` runs the same code on all of them, so that they are found
-    whether or not moments are `synchronized`.
+    whether or not moments are `synchronized`. But inside of a `tf.cond`, a loop
+    or another `tf.function` MirroredStrategy lets them send nothing; there, who
+    did not ask for it goes on alone.
     """
-    del axis_name, synchronized, state
+    del axis_name, state
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return None
+    if not synchronized and not _can_send():
+        return None
     return Replicas(context)
+
+
+def _can_send():
+    """Whether the graph being built is the one that the replica began with."""
+    # Its thread remembers it. Other strategies have none.
+    begun = getattr(threading.current_thread(), "graph", None)
+    return begun is None or begun is tf.compat.v1.get_default_graph()
 
 
 def merge(replicas, mean, variance, count):

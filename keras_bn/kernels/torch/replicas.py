@@ -5,6 +5,8 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from keras_bn.kernels.torch.checkpointing import is_recomputation
+
 
 class Replicas:
     """The processes of one group.
@@ -58,7 +60,12 @@ def find_replicas(axis_name, synchronized, state):
 
     A running group does not say that all of its processes train. Inside of
     `DistributedDataParallel` they do; elsewhere only who asks for
-    `synchronized` moments says so, as with PyTorch's SyncBatchNorm.
+    `synchronized` moments says so, as with PyTorch's SyncBatchNorm. Replicas
+    that DDP is told not to give the same buffers go on with their own.
+
+    Raises:
+        ValueError: `synchronized` inside of DDP's `join`, whose early ones
+            answer no collective but its own.
     """
     del axis_name
     if not distributed.is_available() or not distributed.is_initialized():
@@ -66,14 +73,36 @@ def find_replicas(axis_name, synchronized, state):
     parallel = DistributedDataParallel._get_active_ddp_module()
     if parallel is None and not synchronized:
         return None
-    group = distributed.group.WORLD
-    if parallel is not None:
-        group = parallel.process_group
+    group = _group_of(parallel, state)
     if distributed.get_world_size(group) == 1:
         return None
+    joined = parallel is not None and parallel._join_config.enable
+    if not synchronized and (joined or not parallel.forward_sync_buffers):
+        return None
+    if joined:
+        raise ValueError(
+            "A synchronized BatchNormalization does not work under "
+            "DistributedDataParallel.join. Received: synchronized=True. Give "
+            "every process as many batches; they may be empty."
+        )
     replicas = Replicas(group)
     _check_channels(replicas, state)
     return replicas
+
+
+# From statistics to the group that trained them last.
+_groups = WeakIdKeyDictionary()
+
+
+def _group_of(parallel, state):
+    if parallel is not None:
+        if not torch.compiler.is_compiling():
+            _groups[state] = parallel.process_group
+        return parallel.process_group
+    if is_recomputation() and state in _groups:
+        # Gradient checkpointing calls the layer again outside of DDP.
+        return _groups[state]
+    return distributed.group.WORLD
 
 
 # The statistics whose size the replicas have compared.
