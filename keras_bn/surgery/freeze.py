@@ -101,10 +101,10 @@ def _set(model, frozen):
     layers = batch_normalizations(what, model)
     models = [x for x in model._flatten_layers() if isinstance(x, keras.Model)]
     for one in models:
-        # Keras makes them again when it next needs them.
-        one.train_function = None
-        one.test_function = None
-        one.predict_function = None
+        # A callback may have called, in the middle of `fit`.
+        for kind in ("train", "test", "predict"):
+            if getattr(one, f"{kind}_function") is not None:
+                getattr(one, f"make_{kind}_function")(force=True)
     changed = []
     for layer in layers:
         if isinstance(layer, BatchNormalization):

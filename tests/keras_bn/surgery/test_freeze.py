@@ -160,6 +160,33 @@ def test_both_kinds_in_one_model():
     assert ours.trainable and theirs.trainable
 
 
+class _FreezeLater(keras.callbacks.Callback):
+    """Freezes in the middle of `fit`; notes the means after each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.means = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 1:
+            keras_bn.freeze(self.model)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if frameworks.IS_JAX:
+            self.model.jax_state_sync()
+        self.means.append(np.array(self.model.layers[2].moving_mean.numpy()))
+
+
+def test_a_callback_freezes():
+    model = _compile(_model(OURS))
+    later = _FreezeLater()
+    model.fit(INPUTS, INPUTS, epochs=3, verbose=0, callbacks=[later])
+    first, second, third = later.means
+    assert np.any(first != 0.0)
+    np.testing.assert_array_equal(second, first)
+    np.testing.assert_array_equal(third, first)
+
+
 def test_a_part_of_a_compiled_model():
     """What holds the part is not in reach, so it is said."""
     inner = keras.Sequential([keras.Input((4, 3)), OURS()])
