@@ -11,12 +11,6 @@ def checked_axis_name(name):
     """`name` as a str or a tuple of them, or None, else ValueError."""
     if name is None:
         return None
-    if keras.backend.backend() != "jax":
-        raise ValueError(
-            "`axis_name` names an axis of JAX's shard_map or pmap. Received: "
-            f"axis_name={name!r} with the backend "
-            f"{keras.backend.backend()!r}. Leave it out."
-        )
     names = [name] if isinstance(name, str) else name
     if not isinstance(names, (tuple, list)) or not all(
         isinstance(one, str) for one in names
@@ -26,6 +20,25 @@ def checked_axis_name(name):
             f"Received: axis_name={name!r}."
         )
     return name if isinstance(name, str) else tuple(name)
+
+
+def refuse_axis_name_off_jax(name):
+    """Raises ValueError where an axis has a name and there are none."""
+    if name is not None and keras.backend.backend() != "jax":
+        raise ValueError(
+            "`axis_name` names an axis of JAX's shard_map or pmap. Received: "
+            f"axis_name={name!r} with the backend "
+            f"{keras.backend.backend()!r}. Leave it out."
+        )
+
+
+def flag(name, value):
+    """`value` as a bool; what is neither True nor False raises ValueError."""
+    if isinstance(value, (bool, np.bool_)) or value in (0, 1):
+        return bool(value)
+    raise ValueError(
+        f"`{name}` must be True or False. Received: {name}={value!r}."
+    )
 
 
 def checked_virtual_batch_size(size, renorm):

@@ -33,7 +33,10 @@ class CompiledFunctions:
         if not _is_compiling():
             return
         self._traces = {t: d for t, d in self._traces.items() if t.is_in_use()}
-        self._traces[_trace(bool(training))] = did
+        trace = _trace(bool(training))
+        self._traces[trace] = did
+        if trace.model is not None:
+            _warn_if_optimizer_is_older(trace.model())
 
     def warn_if_outdated(self, setting, would_do):
         """Warns where `would_do(training)` is not what was traced.
@@ -86,6 +89,26 @@ def _trace(training):
                 return _Trace(training, *refs, kept_as)
         frame = frame.f_back
     return _Trace(training)
+
+
+def _warn_if_optimizer_is_older(model):
+    """Warns before JAX fails: an optimizer holds other weights than it trains.
+
+    So it is after `trainable` was set on a model that was loaded, whose
+    optimizer is there before any trace.
+    """
+    if keras.backend.backend() != "jax" or not model.compiled:
+        return
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    known = getattr(optimizer, "_trainable_variables", None)
+    if optimizer.built and len(known) != len(model.trainable_variables):
+        warnings.warn(
+            f"The optimizer holds {len(known)} weights and the model trains "
+            f"{len(model.trainable_variables)}, since `trainable` or "
+            "`train_gamma_and_beta` was set after they met; call "
+            "`model.compile(...)` again.",
+            stacklevel=_stacklevel_of_user(),
+        )
 
 
 def _is_compiling():

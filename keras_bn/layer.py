@@ -10,8 +10,10 @@ from keras_bn.argument_checks import checked_axis
 from keras_bn.argument_checks import checked_axis_name
 from keras_bn.argument_checks import checked_momentum
 from keras_bn.argument_checks import checked_virtual_batch_size
+from keras_bn.argument_checks import flag
 from keras_bn.argument_checks import fraction
 from keras_bn.argument_checks import not_negative
+from keras_bn.argument_checks import refuse_axis_name_off_jax
 from keras_bn.argument_checks import refuse_axis_of_samples
 from keras_bn.channel_axes import split_channel_axes
 from keras_bn.channel_axes import weights_shape
@@ -91,10 +93,14 @@ class BatchNormalization(SwitchedLayer):
         synchronized: Whether the moments are those of the batch over all
             replicas: of a `tf.distribute` strategy, of `shard_map` or `pmap`,
             of `torch.distributed`. Without any it changes nothing. Replicas
-            that are not synchronized still share their moving statistics.
+            that are not synchronized still share their moving statistics:
+            those of `tf.distribute`, of `shard_map` and `pmap`, and of
+            `DistributedDataParallel` unless it leaves buffers alone
+            (`forward_sync_buffers=False`).
         axis_name: JAX only: the name of the axis of `shard_map` or `pmap`
             that the batch is split along, or a tuple of names. None: the only
-            manual axis there is.
+            manual axis there is. A model that was saved with one loads on the
+            other backends too, where it means nothing.
         virtual_batch_size: Int of at least 1, or None. In training, so many
             samples at a time are normalized on their own, the last ones being
             fewer, and enter the moving statistics in turn (ghost batches:
@@ -170,14 +176,15 @@ class BatchNormalization(SwitchedLayer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        refuse_axis_name_off_jax(axis_name)
         self.axis_name = checked_axis_name(axis_name)
         self.axis = checked_axis(axis)
         self.momentum = checked_momentum(momentum, debias)
-        self.debias = debias
-        self.unbiased_variance = unbiased_variance
+        self.debias = flag("debias", debias)
+        self.unbiased_variance = flag("unbiased_variance", unbiased_variance)
         self.epsilon = not_negative("epsilon", epsilon)
-        self.center = center
-        self.scale = scale
+        self.center = flag("center", center)
+        self.scale = flag("scale", scale)
         self.beta_initializer = keras.initializers.get(beta_initializer)
         self.gamma_initializer = keras.initializers.get(gamma_initializer)
         self.moving_mean_initializer = keras.initializers.get(
@@ -190,12 +197,12 @@ class BatchNormalization(SwitchedLayer):
         self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
         self.beta_constraint = keras.constraints.get(beta_constraint)
         self.gamma_constraint = keras.constraints.get(gamma_constraint)
-        self.renorm = renorm
+        self.renorm = flag("renorm", renorm)
         if renorm:
-            renorm_clipping = checked_clipping(renorm_clipping or {})
+            renorm_clipping = checked_clipping(renorm_clipping)
         self.renorm_clipping = renorm_clipping
         self.renorm_momentum = fraction("renorm_momentum", renorm_momentum)
-        self.synchronized = synchronized
+        self.synchronized = flag("synchronized", synchronized)
         self.virtual_batch_size = checked_virtual_batch_size(
             virtual_batch_size, renorm
         )
@@ -242,7 +249,7 @@ class BatchNormalization(SwitchedLayer):
         self.moving_variance = self._add_statistic(
             "moving_variance", shape, variance_initializer
         )
-        if self._average.counts_batches:
+        if moving_average(self.momentum, self.debias).counts_batches:
             # Of each channel: a mask may leave one out.
             self.num_batches_tracked = self._add_statistic(
                 "num_batches_tracked", shape, "zeros", "int32"
@@ -265,10 +272,6 @@ class BatchNormalization(SwitchedLayer):
         self.input_spec = keras.layers.InputSpec(
             ndim=len(input_shape), axes=sizes
         )
-
-    @property
-    def _average(self):
-        return moving_average(self.momentum, self.debias)
 
     def _add_statistic(self, name, shape, initializer, dtype=None):
         # float16 statistics overflow, so the dtype policy has a lower bound.
@@ -384,9 +387,10 @@ class BatchNormalization(SwitchedLayer):
             # is derived from it.
             moving = self.moving_stddev
             spread = ops.sqrt(variance + self.epsilon)
+        average = moving_average(self.momentum, self.debias)
         updates += [
-            (self._average, self.moving_mean, mean),
-            (self._average, moving, spread),
+            (average, self.moving_mean, mean),
+            (average, moving, spread),
         ]
         count = take_in(
             updates,
@@ -407,3 +411,12 @@ class BatchNormalization(SwitchedLayer):
 
     def get_config(self):
         return {**super().get_config(), **config_of(self)}
+
+    @classmethod
+    def from_config(cls, config):
+        # JAX may have written what another backend reads.
+        config = dict(config)
+        axis_name = config.pop("axis_name", None)
+        layer = super().from_config(config)
+        layer.axis_name = checked_axis_name(axis_name)
+        return layer

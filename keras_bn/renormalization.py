@@ -23,31 +23,32 @@ def checked_clipping(clipping):
     """A dictionary of numbers and schedules; ValueError for what is none.
 
     Args:
-        clipping: Dictionary from bounds to numbers or schedules, which may be
-            in the form that a config has them in.
+        clipping: None, or dictionary from bounds to numbers or schedules,
+            which may be in the form that a config has them in.
 
     Returns:
         The same, where each schedule is a `LearningRateSchedule`.
     """
+    clipping = {} if clipping is None else clipping
+    if not isinstance(clipping, dict):
+        raise ValueError(
+            "`renorm_clipping` must be a dictionary or None. "
+            f"Received: renorm_clipping={clipping!r}."
+        )
     if set(clipping) - set(_KEYS):
         raise ValueError(
             "Received invalid keys for `renorm_clipping` argument: "
             f"{clipping}. Supported values: {list(_KEYS)}."
         )
     clipping = {k: _bound(k, value) for k, value in clipping.items()}
-    rmax, rmin, dmax = (
+    rmax, rmin = (
         value if isinstance(value, numbers.Real) else None
-        for value in map(clipping.get, _KEYS)
+        for value in map(clipping.get, ("rmax", "rmin"))
     )
     if rmax is not None and rmin is not None and rmax < rmin:
         raise ValueError(
             "rmax should be greater than rmin in the `renorm_clipping` "
             f"argument. Received: rmax={rmax}, rmin={rmin}."
-        )
-    if dmax is not None and dmax < 0:
-        raise ValueError(
-            "dmax should be non-negative in the `renorm_clipping` argument. "
-            f"Received: dmax={dmax}."
         )
     return clipping
 
@@ -55,10 +56,19 @@ def checked_clipping(clipping):
 def _bound(key, value):
     if isinstance(value, dict):
         value = keras.saving.deserialize_keras_object(value)
-    if not (value is None or isinstance(value, (numbers.Real, _Schedule))):
+    if value is None or isinstance(value, _Schedule):
+        return value
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or math.isnan(value):
         raise ValueError(
             f"{key} should be a number or a LearningRateSchedule in the "
             f"`renorm_clipping` argument. Received: {key}={value!r}."
+        )
+    # `r` is a ratio of standard deviations.
+    if value < 0:
+        raise ValueError(
+            f"{key} should be non-negative in the `renorm_clipping` argument. "
+            f"Received: {key}={value}."
         )
     return value
 

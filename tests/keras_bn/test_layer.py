@@ -99,6 +99,7 @@ def test_public_names():
     assert keras_bn.__all__ == [
         "BatchNormalization",
         "freeze",
+        "recalibrate",
         "renorm_schedule",
         "reset_statistics",
         "thaw",
@@ -442,3 +443,13 @@ def test_regularizers_add_their_losses():
     losses = [[frameworks.array(v) for v in x.losses] for x in (theirs, ours)]
     assert len(losses[1]) == 2
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
+def test_an_axis_name_in_a_file_of_jax():
+    config = OURS().get_config() | {"axis_name": ["devices", "hosts"]}
+    layer = OURS.from_config(config)
+    assert layer.axis_name == ("devices", "hosts")
+    assert layer.get_config()["axis_name"] == ("devices", "hosts")
+    if not frameworks.IS_JAX:
+        with pytest.raises(ValueError, match="Leave it out"):
+            OURS(axis_name="devices")

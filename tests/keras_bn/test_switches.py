@@ -327,6 +327,30 @@ def test_a_flip_that_pytorch_follows_at_once_and_jax_does_not(name):
             _fit(model)
 
 
+@pytest.mark.parametrize("name", ["trainable", "train_gamma_and_beta"])
+def test_a_flip_of_a_model_that_was_loaded(name, tmp_path):
+    """Its optimizer is there before any trace; on JAX it does not follow."""
+    model = _model()
+    _fit(model)
+    model.save(tmp_path / "model.keras")
+
+    def flipped():
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        setattr(loaded.layers[-1], name, False)
+        return loaded
+
+    if frameworks.IS_JAX:
+        with pytest.warns(UserWarning, match="call `model.compile"):
+            with pytest.raises(ValueError, match="1:1"):
+                _fit(flipped())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = flipped()
+        if frameworks.IS_JAX:
+            _compile(loaded)
+        assert _fit(loaded) == CHANGED[name]
+
+
 @pytest.mark.parametrize("name", FLIPS)
 def test_the_normalizers_that_fit_uses_after_compile(name):
     """The moving statistics that a step leaves tell which ones it used."""
