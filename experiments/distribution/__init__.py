@@ -32,7 +32,11 @@ from experiments import ExperimentError
 from experiments import run_settings
 from experiments import signal_received
 from experiments.distribution.workers import Workers
+from experiments.distribution.workers import end
 
+# Of several processes. Never given up, for their destructors may wait for
+# others.
+_joined = []
 # How long an interrupted process has to end by itself.
 _GRACE_SECONDS = 5.0
 
@@ -96,6 +100,7 @@ def join(
                 signal.signal(number, signal.getsignal(number))
             _end_though_waiting()
             stack.enter_context(_leaving_at_once())
+            _joined.append(workers)
         _check_batch(settings, workers.replicas)
         yield workers
         workers.leave()
@@ -169,16 +174,16 @@ def _end_though_waiting():
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
 
-    def end():
+    def wait():
         number = os.read(read, 1)[0]
         time.sleep(_GRACE_SECONDS)
         print(
             "interrupted: the same command goes on from the last evaluation",
             file=sys.stderr,
         )
-        _exit(128 + number)
+        end(128 + number)
 
-    threading.Thread(target=end, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -193,11 +198,5 @@ def _leaving_at_once():
         code = 1
         if isinstance(error, KeyboardInterrupt):
             code = 128 + signal_received()
-        atexit.register(_exit, code)
+        atexit.register(end, code)
         raise
-
-
-def _exit(code):
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

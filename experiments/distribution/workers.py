@@ -71,7 +71,10 @@ class Workers:
         return self.sum(values if self.chief else np.zeros_like(values))
 
     def leave(self) -> None:
-        """Ends what the processes do together."""
+        """Ends what the processes do together, and may end this process.
+
+        The program's work is done: its exit code is 0.
+        """
 
 
 class Replicas(Workers):
@@ -168,8 +171,20 @@ def no_answer(doing: str, seconds: float) -> str:
 
 def _give_up(doing, seconds):
     tqdm.tqdm.write(no_answer(doing, seconds), file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(1)
+    end(1)
+
+
+def end(code: int) -> None:
+    """Ends this process here, without what Python does at its end.
+
+    The frameworks' destructors may wait for other processes, or for threads
+    that wait for Python's lock.
+    """
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def dropout_states(model: keras.Model) -> list[keras.Variable]:

@@ -39,10 +39,12 @@ _SHAPE = (8, 8, 3)
 # A program on a few small digits, on which a step and an evaluation, and a
 # network's weights, cost little.
 _PROGRAM = """
+import atexit
 import dataclasses
 import functools
 import json
 import os
+import time
 
 import experiments
 from experiments import data
@@ -75,6 +77,9 @@ def run_all(settings, dataset, output, workers):
         run(before, dataset, folder, workers=workers)
     return run(settings, dataset, output, count, workers)
 
+if "WORLD_SIZE" in os.environ:
+    # Like PyTorch's destructors, which may wait for ever at Python's end.
+    atexit.register(time.sleep, 1000)
 data.load_digits, train.run = few, run_all
 models.build = functools.partial(models.build, input_shape=(8, 8, 3))
 train.define_flags()
