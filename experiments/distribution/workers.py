@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import threading
@@ -69,6 +70,32 @@ class Workers:
         """Returns the chief's values, which others give in the same shape."""
         # Added to zeros they stay what they are.
         return self.sum(values if self.chief else np.zeros_like(values))
+
+    def require_same(self, facts: dict[str, object]) -> None:
+        """Finds out whether all processes were given the same.
+
+        Args:
+            facts: from names, which all processes have, to what this one has
+                been given; compared by `repr`.
+
+        Raises:
+            ExperimentError: another process was given something else.
+        """
+        table = np.zeros((self.processes, len(facts)), np.int32)
+        # Of 24 bits each, which no backend rounds.
+        table[self.process] = [
+            int(hashlib.sha256(repr(x).encode()).hexdigest()[:6], 16)
+            for x in facts.values()
+        ]
+        same = (self.sum(table) == table[self.process]).all(axis=0)
+        if not same.all():
+            names = [x for x, equal in zip(facts, same) if not equal]
+            received = ", ".join(f"{x}={facts[x]}" for x in names)
+            raise ExperimentError(
+                f"the workers differ in {', '.join(names)}: start all of them "
+                "with the same flags, the same data and the same code. "
+                f"Worker {self.process} received: {received}"
+            )
 
     def leave(self) -> None:
         """Ends what the processes do together, and may end this process.

@@ -5,6 +5,7 @@ own. Each makes several runs, for most of its time is spent in importing. What
 they train must be what one device trains.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,9 +19,11 @@ import pytest
 
 from experiments import ExperimentError
 from experiments import article
+from experiments import data
 from experiments import distribution
 from experiments import models
 from experiments import run_settings
+from experiments import train
 from experiments import two_workers
 from experiments.distribution import workers
 
@@ -110,14 +113,17 @@ def _start(output, *given, environment=None):
 
 
 def _start_both(output, *given, **added):
+    # Of the two the chief alone can write, and needs to.
     return [
         _start(
-            output,
+            folder,
             f"--distribution={_PROCESSES}",
             *given,
             environment=environment | added,
         )
-        for environment in two_workers.environments(_BACKEND)
+        for folder, environment in zip(
+            (output, os.devnull), two_workers.environments(_BACKEND)
+        )
     ]
 
 
@@ -303,7 +309,16 @@ _UNUSABLE = {
         "set KERAS_BACKEND=",
     ),
     "no limit": ({}, (0.0,), {}, "time_limit=0"),
+    "no end of the limit": ({}, (float("inf"),), {}, "time_limit=inf"),
+    "a long limit": ({}, (86400.5,), {}, "86400 at most"),
+    "no number": ({}, (float("nan"),), {}, "time_limit=nan"),
     "devices": ({}, (60.0, 2), {}, "cpu_devices=2, distribution=none"),
+    "several, each alone": (
+        {},
+        (60.0,),
+        {"WORLD_SIZE": "2"},
+        "give --distribution=ddp. Received: distribution=none, WORLD_SIZE=2",
+    ),
 }
 _UNUSABLE |= {
     "tensorflow": {
@@ -313,6 +328,21 @@ _UNUSABLE |= {
             (60.0,),
             {"TF_CONFIG": '{"cluster": {"worker": ["a:1"]}, "task": 3}'},
             "multiworker needs TF_CONFIG",
+        ),
+        "a port that is none": (
+            _SPREAD,
+            (60.0,),
+            {
+                "TF_CONFIG": '{"cluster": {"worker": ["a:b"]}, '
+                '"task": {"type": "worker", "index": 0}}'
+            },
+            "multiworker needs TF_CONFIG",
+        ),
+        "many devices": (
+            {"distribution": "mirrored"},
+            (60.0, 100_000),
+            {},
+            "cpu_devices=100000, batch_size=128",
         ),
     },
     "jax": {
@@ -327,6 +357,12 @@ _UNUSABLE |= {
             (60.0,),
             {},
             "give a multiple of 2. Received: batch_size=7",
+        ),
+        "many devices": (
+            _SPREAD,
+            (60.0, 100_000),
+            {},
+            "cpu_devices=100000, batch_size=128",
         ),
     },
     "torch": {
@@ -391,6 +427,57 @@ def test_shares_of_a_batch():
     replicas.replicas = 3
     shares = [replicas.share(np.arange(8), x).tolist() for x in range(3)]
     assert shares == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+class _Other(workers.Workers):
+    """One of two workers, which the other one answers."""
+
+    processes = 2
+
+    def __init__(self, process, answer=0):
+        self.process, self._answer = process, answer
+
+    def sum(self, values):
+        self.given = values
+        return values + self._answer
+
+
+def test_workers_with_other_settings():
+    facts = {"steps": 4, "learning_rate": 0.1, "dataset": "digits"}
+    chief = _Other(0)
+    with pytest.raises(ExperimentError):
+        chief.require_same(facts)
+    assert chief.given.max() < 2**24
+    _Other(1, chief.given).require_same(dict(facts))
+    with pytest.raises(ExperimentError) as error:
+        _Other(1, chief.given).require_same(
+            facts | {"steps": 2, "dataset": "cifar10"}
+        )
+    assert str(error.value).startswith(
+        "the workers differ in steps, dataset: start all of them with the "
+    )
+    assert str(error.value).endswith(
+        "Worker 1 received: steps=2, dataset=cifar10"
+    )
+
+
+def test_a_run_of_workers_with_other_data(tmp_path):
+    settings = run_settings.Settings(condition=0)
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    labels = np.zeros(4, np.int32)
+    few = data.Dataset(images, labels, images, labels, "few", "1", "none")
+    others = np.ones_like(labels)
+    other = dataclasses.replace(few, test_labels=others)
+    digests = {few.digest, other.digest}
+    digests.add(dataclasses.replace(few, train_images=images + 1).digest)
+    assert len(digests) == 3
+    chief = _Other(0)
+    with pytest.raises(ExperimentError):
+        train.run(settings, few, tmp_path, workers=chief)
+    worker = _Other(1, chief.given)
+    with pytest.raises(ExperimentError, match="the workers differ in dataset"):
+        train.run(settings, other, tmp_path, workers=worker)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_workers_program(tmp_path):
