@@ -39,6 +39,7 @@ from experiments.distribution.workers import end
 _joined = []
 # How long an interrupted process has to end by itself.
 _GRACE_SECONDS = 5.0
+_DAY = 24 * 60 * 60
 
 
 def define_flags() -> None:
@@ -116,17 +117,31 @@ def _check(settings, time_limit, cpu_devices):
             f"distribution={name} runs on the backend {wanted}: set "
             f"KERAS_BACKEND={wanted}, or give another. Received: {backend}"
         )
-    if not time_limit > 0:
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if name == "none" and size != "1":
         raise ExperimentError(
-            "time_limit is a positive number of seconds. Received: "
-            f"time_limit={time_limit}"
+            "torchrun has started several processes, and each would train "
+            "alone in one folder: give --distribution=ddp. Received: "
+            f"distribution=none, WORLD_SIZE={size}"
         )
-    if cpu_devices is not None and (
-        cpu_devices < 1 or name not in ("mirrored", "data_parallel")
-    ):
+    if not 0 < time_limit <= _DAY:
+        raise ExperimentError(
+            f"time_limit is a positive number of seconds, {_DAY} at most. "
+            f"Received: time_limit={time_limit}"
+        )
+    if cpu_devices is None:
+        return
+    if cpu_devices < 1 or name not in ("mirrored", "data_parallel"):
         raise ExperimentError(
             "cpu_devices is at least 1, for mirrored and data_parallel. "
             f"Received: cpu_devices={cpu_devices}, distribution={name}"
+        )
+    if cpu_devices > settings.batch_size:
+        # Before so many are made, which may take all memory.
+        raise ExperimentError(
+            "each device needs an image of every batch: give fewer devices. "
+            f"Received: cpu_devices={cpu_devices}, "
+            f"batch_size={settings.batch_size}"
         )
 
 

@@ -100,7 +100,7 @@ def _cluster():
         if (
             kind not in _TASKS
             or set(cluster) - {*_TASKS}
-            or not all(isinstance(x, str) and ":" in x for x in addresses)
+            or not all(map(_is_address, addresses))
             or index not in range(len(cluster[kind]))
         ):
             raise ValueError
@@ -113,6 +113,11 @@ def _cluster():
         ) from error
     before = len(cluster.get("chief", [])) if kind == "worker" else 0
     return before + index, len(addresses)
+
+
+def _is_address(text):
+    host, _, port = text.rpartition(":")
+    return bool(host) and int(port) in range(1, 2**16)
 
 
 class _Strategy(Replicas):
