@@ -28,9 +28,11 @@ from collections.abc import Iterator
 
 from absl import flags
 
+from experiments import SIGNALS
 from experiments import ExperimentError
 from experiments import run_settings
 from experiments import signal_received
+from experiments.distribution.workers import INTERRUPTED
 from experiments.distribution.workers import Workers
 from experiments.distribution.workers import end
 
@@ -94,14 +96,16 @@ def join(
     """
     _check(settings, time_limit, cpu_devices)
     with contextlib.ExitStack() as stack:
+        waiting = stack.enter_context(_ending_though_waiting())
         workers = _workers(settings.distribution, time_limit, cpu_devices)
         if workers.processes > 1:
             # TensorFlow and JAX have taken SIGTERM for their own ends.
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 signal.signal(number, signal.getsignal(number))
-            _end_though_waiting()
             stack.enter_context(_leaving_at_once())
             _joined.append(workers)
+        else:
+            waiting.close()
         _check_batch(settings, workers.replicas)
         yield workers
         workers.leave()
@@ -179,26 +183,29 @@ def _check_batch(settings, replicas):
         )
 
 
-def _end_though_waiting():
+@contextlib.contextmanager
+def _ending_though_waiting():
     """Has a signal end this process though it waits in native code.
 
     Python's own handler comes when that returns: TensorFlow would go on
     waiting for a worker that the same Ctrl-C has ended.
     """
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write)
+    with contextlib.ExitStack() as until:
+        read, write = os.pipe()
+        until.callback(os.close, write)
+        os.set_blocking(write, False)
+        until.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write))
 
-    def wait():
-        number = os.read(read, 1)[0]
-        time.sleep(_GRACE_SECONDS)
-        print(
-            "interrupted: the same command goes on from the last evaluation",
-            file=sys.stderr,
-        )
-        end(128 + number)
+        def wait():
+            with open(read, "rb", buffering=0) as signals:
+                number = signals.read(1)
+            if number:
+                time.sleep(_GRACE_SECONDS)
+                print(INTERRUPTED, file=sys.stderr)
+                end(128 + number[0])
 
-    threading.Thread(target=wait, daemon=True).start()
+        threading.Thread(target=wait, daemon=True).start()
+        yield until
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ class _Ddp(Replicas):
                 )
             torch.cuda.set_device(local)
         self._device = f"cuda:{local}" if cuda else "cpu"
-        with self.together("waiting for the workers of torchrun"):
+        with self.together("waiting for the workers of torchrun", joining=True):
             distributed.init_process_group(
                 "nccl" if cuda else "gloo",
                 timeout=datetime.timedelta(seconds=2 * time_limit),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +20,10 @@ from experiments.run_folder import state
 
 if TYPE_CHECKING:
     import keras
+
+
+# What an interrupted process says that can do no more.
+INTERRUPTED = "interrupted: the same command goes on from the last evaluation"
 
 
 class Workers:
@@ -147,12 +152,16 @@ class Replicas(Workers):
         return np.array_split(batch, self.replicas)[replica]
 
     @contextlib.contextmanager
-    def together(self, doing: str):
+    def together(self, doing: str, joining: bool = False):
         """Limits the time of what needs the other processes.
 
         The frameworks' own limits differ, and JAX's end the process without a
         word that a user understands. Code that waits in native code cannot be
         made to raise anything, so the process ends.
+
+        Args:
+            doing: what is done, for the line that says why it ended.
+            joining: whether the processes have yet to find one another.
 
         Raises:
             ExperimentError: it failed; most likely another process ended.
@@ -171,11 +180,16 @@ class Replicas(Workers):
             raise
         except Exception as error:  # each framework has its own
             raise_if_interrupted()
-            reason = " ".join(str(error).split())[:200]
+            if joining:
+                raise ExperimentError(
+                    f"{doing} failed ({_reason(error)}): see that each port is "
+                    "free and each address right, and what the others say; "
+                    "then start all of them again"
+                ) from error
             raise ExperimentError(
                 f"{doing} failed, most likely because another worker ended "
-                f"({reason}): see what the others say, then start all of them "
-                "again to go on from the last evaluation"
+                f"({_reason(error)}): see what the others say, then start all "
+                "of them again to go on from the last evaluation"
             ) from error
         finally:
             timer.cancel()
@@ -194,6 +208,16 @@ def no_answer(doing: str, seconds: float) -> str:
         "seconds (time_limit); start all of them again to go on from the "
         "last evaluation"
     )
+
+
+def _reason(error):
+    """Returns what a framework's error says, in a line."""
+    text = str(error)
+    # TensorFlow's says first where a node was made, then what happened; and
+    # names nodes and operations.
+    text = re.sub(r'(?s).*\n  File "[^\n]*', "", text)
+    text = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*", "", text)
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def _give_up(doing, seconds):

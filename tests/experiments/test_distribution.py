@@ -8,6 +8,7 @@ they train must be what one device trains.
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -125,6 +126,19 @@ def _start_both(output, *given, **added):
             (output, os.devnull), two_workers.environments(_BACKEND)
         )
     ]
+
+
+def _port(environment):
+    """Returns where the first of two workers listens."""
+    return {
+        "tensorflow": lambda given: int(
+            json.loads(given["TF_CONFIG"])["cluster"]["worker"][0].split(":")[1]
+        ),
+        "jax": lambda given: int(
+            given["KERAS_DISTRIBUTION_JOB_ADDRESSES"].split(":")[1]
+        ),
+        "torch": lambda given: int(given["MASTER_PORT"]),
+    }[_BACKEND](environment)
 
 
 def _said(process, timeout=90):
@@ -299,6 +313,30 @@ def test_a_worker_that_ends_and_one_that_never_comes(tmp_path):
     assert not (tmp_path / "alone").exists()
 
 
+def test_a_worker_that_waits_hears_a_signal(tmp_path):
+    environment, _ = two_workers.environments(_BACKEND)
+    waiting = _start(
+        tmp_path,
+        f"--distribution={_PROCESSES}",
+        "--condition=0",
+        environment=environment,
+    )
+    began = time.monotonic()
+    address = ("127.0.0.1", _port(environment))
+    while True:
+        assert waiting.poll() is None and time.monotonic() - began < 120
+        try:
+            socket.create_connection(address).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    waiting.terminate()
+    _, errors = waiting.communicate(timeout=30)
+    assert waiting.returncode == 143, errors
+    assert errors.splitlines()[-1].startswith("interrupted: ")
+    assert "Traceback" not in errors
+
+
 _SPREAD = {"distribution": _PROCESSES}
 # Settings, arguments of `join`, the environment, and what is said.
 _UNUSABLE = {
@@ -427,6 +465,72 @@ def test_shares_of_a_batch():
     replicas.replicas = 3
     shares = [replicas.share(np.arange(8), x).tolist() for x in range(3)]
     assert shares == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+# As TensorFlow words it.
+_IN_A_GRAPH = """Graph execution error:
+
+Detected at node adam_1/CollectiveReduceV2 defined at (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+
+  File "/somewhere/train.py", line 351, in main
+
+Collective ops is aborted by: The following tasks are unhealthy:
+/job:worker/replica:0/task:1
+\t [[{{node adam_1/CollectiveReduceV2}}]] [Op:__inference__step_of_all_1093]"""
+
+
+@pytest.mark.parametrize(
+    "joining, error, said",
+    [
+        (
+            False,
+            _IN_A_GRAPH,
+            "a step failed, most likely because another worker ended "
+            "(Collective ops is aborted by: The following tasks are "
+            "unhealthy: /job:worker/replica:0/task:1): see what the others "
+            "say, then start all of them again to go on from the last "
+            "evaluation",
+        ),
+        (
+            True,
+            "[Errno 98] Address already in use",
+            "a step failed ([Errno 98] Address already in use): see that "
+            "each port is free and each address right, and what the others "
+            "say; then start all of them again",
+        ),
+        (
+            True,
+            "",
+            "a step failed (OSError): see that each port is free and each "
+            "address right, and what the others say; then start all of them "
+            "again",
+        ),
+    ],
+)
+def test_what_failed_is_said_with_its_reason(joining, error, said):
+    replicas = workers.Replicas(time_limit=60.0)
+    replicas.processes = 2
+    with pytest.raises(ExperimentError) as raised:
+        with replicas.together("a step", joining):
+            raise OSError(error)
+    assert str(raised.value) == said
+
+
+# JAX can no longer join in this process, which has made arrays.
+if _BACKEND != "jax":
+
+    def test_a_port_in_use_is_one_line(monkeypatch):
+        environment, _ = two_workers.environments(_BACKEND)
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, value)
+        settings = run_settings.Settings(condition=0, **_SPREAD)
+        with socket.create_server(("", _port(environment))):
+            with pytest.raises(ExperimentError) as error:
+                with distribution.join(settings, 60.0):
+                    pass
+        assert "ddress already in use" in str(error.value)
+        assert "see that each port is free" in str(error.value)
 
 
 class _Other(workers.Workers):
