@@ -302,7 +302,7 @@ def test_an_interrupted_run_goes_on(folders):
 
 def test_a_worker_that_ends_and_one_that_never_comes(tmp_path):
     """All at once, for most of their time is spent in importing."""
-    flags = [*_FLAGS, "--steps=1000000", "--time_limit=15"]
+    flags = [*_FLAGS, "--steps=1000000", "--time_limit=30"]
     alone = _start(
         tmp_path / "alone",
         f"--distribution={_PROCESSES}",
