@@ -20,6 +20,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
+# What asks a program to stop: Ctrl-C, `kill`, a terminal that closes.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 # The signals that asked this process to stop.
 _interruptions = []
 
@@ -32,9 +35,9 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
     """Runs ``main(argv)`` as a program, and ends the process.
 
     An `ExperimentError` is printed as one line and gives exit code 1, and so
-    is a flag that cannot be used. SIGINT (Ctrl-C) and SIGTERM raise
-    KeyboardInterrupt, which is printed as one line and gives exit code 130
-    and 143.
+    is a flag that cannot be used. SIGINT (Ctrl-C), SIGTERM and SIGHUP raise
+    KeyboardInterrupt, which is printed as one line and gives exit code 130,
+    143 and 129.
 
     Args:
         main: is given the program's name and what absl's flags left over;
@@ -62,7 +65,7 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
             return 128 + signal_received()
 
     sys.unraisablehook = _report_unraisable
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         # What started this program may have told it to ignore the signal.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)

@@ -4,6 +4,7 @@ Everything is held in memory as uint8; `Batches` makes a step's float32 batch.
 """
 
 import dataclasses
+import hashlib
 import io
 import os
 import sys
@@ -43,6 +44,20 @@ class Dataset:
     def note(self) -> str:
         """One line that says what these images are."""
         return f"{self.name} {self.version} ({self.copy})"
+
+    @property
+    def digest(self) -> str:
+        """A text that other images or labels would have otherwise."""
+        digest = hashlib.sha256()
+        for values in (
+            self.train_images,
+            self.train_labels,
+            self.test_images,
+            self.test_labels,
+        ):
+            digest.update(str(values.shape).encode())
+            digest.update(np.ascontiguousarray(values))
+        return digest.hexdigest()
 
 
 def load(dataset: str = "auto", data_dir: str | None = None) -> Dataset:

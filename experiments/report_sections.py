@@ -1,6 +1,7 @@
 """The sections of the report's page, as HTML."""
 
 import html
+import json
 import shlex
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -318,7 +319,8 @@ def _settings(contents) -> str:
 
 def _regenerate(contents) -> str:
     facts = contents.runs[0].facts
-    train = ["python", "-m", "experiments.train"]
+    launch, variables, explained = _launch(facts)
+    train = [*launch, "-m", "experiments.train"]
     train += ["--condition=N", "--seed=N", "--output=RESULTS"]
     for name in (
         "dataset",
@@ -337,18 +339,47 @@ def _regenerate(contents) -> str:
         train.append("--shuffle")
     if facts["synchronized"]:
         train.append("--synchronized")
+    if "cpu" in facts.get("device", "").lower() and facts["replicas"] > 1:
+        if facts["distribution"] in ("mirrored", "data_parallel"):
+            train.append(f"--cpu_devices={facts['replicas']}")
     report = ["python", "-m", "experiments.report", "--results=RESULTS"]
     if contents.curves is not None:
         report.append("--published_curves=CSV")
     backend = facts.get("backend")
     prefix = f"KERAS_BACKEND={backend} " if backend else ""
+    prefix += variables
     commands = f"{prefix}{shlex.join(train)}\n{shlex.join(report)}"
     return (
         _paragraphs(
             [
                 "From a clone of the repository at the revision above, with "
-                "RESULTS the folder of this report: each run, then the page."
+                "RESULTS the folder of this report: each run, then the page.",
+                *explained,
             ]
         )
         + f"\n<pre>{_escape(commands)}</pre>"
+    )
+
+
+def _launch(facts):
+    """Returns what starts a run's processes, as three parts.
+
+    They are a program, variables before it, and sentences that explain it.
+    """
+    replicas = facts["replicas"]
+    if facts["distribution"] == "ddp":
+        return ["torchrun", f"--nproc_per_node={replicas}"], "", []
+    if facts["distribution"] != "multiworker":
+        return ["python"], "", []
+    addresses = [f"127.0.0.1:{2222 + x}" for x in range(replicas)]
+    task = {"type": "worker", "index": 0}
+    config = {"cluster": {"worker": addresses}, "task": task}
+    return (
+        ["python"],
+        f"TF_CONFIG={shlex.quote(json.dumps(config))} ",
+        [
+            f"The run had {replicas} replicas: start one worker for each, "
+            "all at once, with an index of its own from 0. A worker that has "
+            "several GPUs is several replicas."
+        ],
     )

@@ -84,9 +84,13 @@ def run(
 
     Raises:
         ExperimentError: the folder holds a run of other settings, or damaged
-            files, or cannot be read or written to.
+            files, or cannot be read or written to; or the processes were
+            given other settings or data than this one.
         KeyboardInterrupt: the run was interrupted; it says how to go on.
     """
+    if workers.processes > 1:
+        facts = dataclasses.asdict(settings)
+        workers.require_same(facts | {"dataset": dataset.digest[:12]})
     folder = None
     if workers.chief:
         folder = open_folder(settings, dataset, output, workers.replicas)
@@ -333,7 +337,9 @@ def main(argv):
     if "condition" not in given:
         raise ExperimentError("give a condition, --condition=0 to 11")
     settings, output = Settings(**given), flags.FLAGS.output
-    check_output(settings, output)
+    if settings.distribution == "none":
+        # Of several processes the chief alone writes: `run` has it checked.
+        check_output(settings, output)
     require_backend()
     with distribution.join(
         settings, flags.FLAGS.time_limit, flags.FLAGS.cpu_devices

@@ -28,13 +28,20 @@ from collections.abc import Iterator
 
 from absl import flags
 
+from experiments import SIGNALS
 from experiments import ExperimentError
 from experiments import run_settings
 from experiments import signal_received
+from experiments.distribution.workers import INTERRUPTED
 from experiments.distribution.workers import Workers
+from experiments.distribution.workers import end
 
+# Of several processes. Never given up, for their destructors may wait for
+# others.
+_joined = []
 # How long an interrupted process has to end by itself.
 _GRACE_SECONDS = 5.0
+_DAY = 24 * 60 * 60
 
 
 def define_flags() -> None:
@@ -89,13 +96,16 @@ def join(
     """
     _check(settings, time_limit, cpu_devices)
     with contextlib.ExitStack() as stack:
+        waiting = stack.enter_context(_ending_though_waiting())
         workers = _workers(settings.distribution, time_limit, cpu_devices)
         if workers.processes > 1:
             # TensorFlow and JAX have taken SIGTERM for their own ends.
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 signal.signal(number, signal.getsignal(number))
-            _end_though_waiting()
             stack.enter_context(_leaving_at_once())
+            _joined.append(workers)
+        else:
+            waiting.close()
         _check_batch(settings, workers.replicas)
         yield workers
         workers.leave()
@@ -111,17 +121,31 @@ def _check(settings, time_limit, cpu_devices):
             f"distribution={name} runs on the backend {wanted}: set "
             f"KERAS_BACKEND={wanted}, or give another. Received: {backend}"
         )
-    if not time_limit > 0:
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if name == "none" and size != "1":
         raise ExperimentError(
-            "time_limit is a positive number of seconds. Received: "
-            f"time_limit={time_limit}"
+            "torchrun has started several processes, and each would train "
+            "alone in one folder: give --distribution=ddp. Received: "
+            f"distribution=none, WORLD_SIZE={size}"
         )
-    if cpu_devices is not None and (
-        cpu_devices < 1 or name not in ("mirrored", "data_parallel")
-    ):
+    if not 0 < time_limit <= _DAY:
+        raise ExperimentError(
+            f"time_limit is a positive number of seconds, {_DAY} at most. "
+            f"Received: time_limit={time_limit}"
+        )
+    if cpu_devices is None:
+        return
+    if cpu_devices < 1 or name not in ("mirrored", "data_parallel"):
         raise ExperimentError(
             "cpu_devices is at least 1, for mirrored and data_parallel. "
             f"Received: cpu_devices={cpu_devices}, distribution={name}"
+        )
+    if cpu_devices > settings.batch_size:
+        # Before so many are made, which may take all memory.
+        raise ExperimentError(
+            "each device needs an image of every batch: give fewer devices. "
+            f"Received: cpu_devices={cpu_devices}, "
+            f"batch_size={settings.batch_size}"
         )
 
 
@@ -159,26 +183,29 @@ def _check_batch(settings, replicas):
         )
 
 
-def _end_though_waiting():
+@contextlib.contextmanager
+def _ending_though_waiting():
     """Has a signal end this process though it waits in native code.
 
     Python's own handler comes when that returns: TensorFlow would go on
     waiting for a worker that the same Ctrl-C has ended.
     """
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write)
+    with contextlib.ExitStack() as until:
+        read, write = os.pipe()
+        until.callback(os.close, write)
+        os.set_blocking(write, False)
+        until.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write))
 
-    def end():
-        number = os.read(read, 1)[0]
-        time.sleep(_GRACE_SECONDS)
-        print(
-            "interrupted: the same command goes on from the last evaluation",
-            file=sys.stderr,
-        )
-        _exit(128 + number)
+        def wait():
+            with open(read, "rb", buffering=0) as signals:
+                number = signals.read(1)
+            if number:
+                time.sleep(_GRACE_SECONDS)
+                print(INTERRUPTED, file=sys.stderr)
+                end(128 + number[0])
 
-    threading.Thread(target=end, daemon=True).start()
+        threading.Thread(target=wait, daemon=True).start()
+        yield until
 
 
 @contextlib.contextmanager
@@ -193,11 +220,5 @@ def _leaving_at_once():
         code = 1
         if isinstance(error, KeyboardInterrupt):
             code = 128 + signal_received()
-        atexit.register(_exit, code)
+        atexit.register(end, code)
         raise
-
-
-def _exit(code):
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -26,7 +26,9 @@ def data_parallel(time_limit, cpu_devices):
     launched = _launched()
     if launched:
         address, workers.processes, workers.process = launched
-        with workers.together(f"waiting for the workers at {address}"):
+        with workers.together(
+            f"waiting for the workers at {address}", joining=True
+        ):
             # keras.distribution.initialize has no time limits to give. JAX's
             # own come later than ours: they end the process without a word.
             jax.distributed.initialize(

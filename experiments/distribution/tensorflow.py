@@ -8,8 +8,10 @@ import contextlib
 import faulthandler
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
@@ -44,21 +46,44 @@ def mirrored(cpu_devices):
 
 def multiworker(time_limit):
     """Replicas on the devices of all processes that TF_CONFIG names."""
-    process, processes = _cluster()
-    workers = _Strategy(None, process, processes, time_limit)
+    process, addresses = _cluster()
+    workers = _Strategy(None, process, len(addresses), time_limit)
     options = tf.distribute.experimental.CommunicationOptions(
         timeout_seconds=2 * time_limit
     )
     doing = "waiting for the workers of TF_CONFIG"
-    with workers.together(doing), _limited(doing, time_limit):
-        workers.use(
-            tf.distribute.MultiWorkerMirroredStrategy(
-                communication_options=options
+    with workers.together(doing, joining=True):
+        if workers.processes > 1:
+            _meet(process, addresses)
+        with _limited(doing, time_limit):
+            workers.use(
+                tf.distribute.MultiWorkerMirroredStrategy(
+                    communication_options=options
+                )
             )
-        )
-        # Has the workers' servers find one another.
-        workers.sum(np.zeros(1))
+            # Has the workers' servers find one another.
+            workers.sum(np.zeros(1))
     return workers
+
+
+def _meet(process, addresses):
+    """Waits until all processes listen, each at its own address.
+
+    TensorFlow waits for them as well, but deaf to signals.
+    """
+    addresses = [x.rpartition(":") for x in addresses]
+    addresses = [(host.strip("[]"), int(port)) for host, _, port in addresses]
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    own = ("", addresses[process][1])
+    with socket.create_server(own, family=family, dualstack_ipv6=both):
+        for address in addresses:
+            while True:
+                try:
+                    socket.create_connection(address, timeout=1.0).close()
+                    break
+                except OSError:
+                    time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -77,6 +102,8 @@ def _limited(doing, seconds):
             no_answer(doing, seconds),
         ],
         stdin=subprocess.PIPE,
+        # Ctrl-C is for this process alone.
+        start_new_session=True,
     )
     with open(os.devnull, "w") as nowhere:
         faulthandler.dump_traceback_later(
@@ -90,7 +117,7 @@ def _limited(doing, seconds):
 
 
 def _cluster():
-    """Returns this process's number and that of all, by TF_CONFIG."""
+    """Returns this process's number and all addresses, by TF_CONFIG."""
     text = os.environ.get("TF_CONFIG", "")
     try:
         config = json.loads(text)
@@ -100,7 +127,7 @@ def _cluster():
         if (
             kind not in _TASKS
             or set(cluster) - {*_TASKS}
-            or not all(isinstance(x, str) and ":" in x for x in addresses)
+            or not all(map(_is_address, addresses))
             or index not in range(len(cluster[kind]))
         ):
             raise ValueError
@@ -112,7 +139,12 @@ def _cluster():
             f"TF_CONFIG={' '.join(text.split())!r}"
         ) from error
     before = len(cluster.get("chief", [])) if kind == "worker" else 0
-    return before + index, len(addresses)
+    return before + index, addresses
+
+
+def _is_address(text):
+    host, _, port = text.rpartition(":")
+    return bool(host) and int(port) in range(1, 2**16)
 
 
 class _Strategy(Replicas):

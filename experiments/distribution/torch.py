@@ -1,5 +1,6 @@
 """PyTorch: `DistributedDataParallel`, as torchrun launches it."""
 
+import atexit
 import datetime
 import os
 
@@ -12,6 +13,7 @@ from experiments import ExperimentError
 from experiments.distribution.workers import Replicas
 from experiments.distribution.workers import dropout_state
 from experiments.distribution.workers import dropout_states
+from experiments.distribution.workers import end
 
 
 def ddp(time_limit):
@@ -51,7 +53,7 @@ class _Ddp(Replicas):
                 )
             torch.cuda.set_device(local)
         self._device = f"cuda:{local}" if cuda else "cpu"
-        with self.together("waiting for the workers of torchrun"):
+        with self.together("waiting for the workers of torchrun", joining=True):
             distributed.init_process_group(
                 "nccl" if cuda else "gloo",
                 timeout=datetime.timedelta(seconds=2 * time_limit),
@@ -86,7 +88,10 @@ class _Ddp(Replicas):
             return {"loss": loss, "accuracy": accuracy}
 
     def leave(self):
-        distributed.destroy_process_group()
+        self.sum(np.zeros(1))
+        # The group's destructor waits, holding Python's lock, for threads
+        # that may be waiting for that lock.
+        atexit.register(end, 0)
 
     def _start(self):
         self._ddp = torch.nn.parallel.DistributedDataParallel(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +20,10 @@ from experiments.run_folder import state
 
 if TYPE_CHECKING:
     import keras
+
+
+# What an interrupted process says that can do no more.
+INTERRUPTED = "interrupted: the same command goes on from the last evaluation"
 
 
 class Workers:
@@ -70,8 +76,37 @@ class Workers:
         # Added to zeros they stay what they are.
         return self.sum(values if self.chief else np.zeros_like(values))
 
+    def require_same(self, facts: dict[str, object]) -> None:
+        """Finds out whether all processes were given the same.
+
+        Args:
+            facts: from names, which all processes have, to what this one has
+                been given; compared by `repr`.
+
+        Raises:
+            ExperimentError: another process was given something else.
+        """
+        table = np.zeros((self.processes, len(facts)), np.int32)
+        # Of 24 bits each, which no backend rounds.
+        table[self.process] = [
+            int(hashlib.sha256(repr(x).encode()).hexdigest()[:6], 16)
+            for x in facts.values()
+        ]
+        same = (self.sum(table) == table[self.process]).all(axis=0)
+        if not same.all():
+            names = [x for x, equal in zip(facts, same) if not equal]
+            received = ", ".join(f"{x}={facts[x]}" for x in names)
+            raise ExperimentError(
+                f"the workers differ in {', '.join(names)}: start all of them "
+                "with the same flags, the same data and the same code. "
+                f"Worker {self.process} received: {received}"
+            )
+
     def leave(self) -> None:
-        """Ends what the processes do together."""
+        """Ends what the processes do together, and may end this process.
+
+        The program's work is done: its exit code is 0.
+        """
 
 
 class Replicas(Workers):
@@ -117,12 +152,16 @@ class Replicas(Workers):
         return np.array_split(batch, self.replicas)[replica]
 
     @contextlib.contextmanager
-    def together(self, doing: str):
+    def together(self, doing: str, joining: bool = False):
         """Limits the time of what needs the other processes.
 
         The frameworks' own limits differ, and JAX's end the process without a
         word that a user understands. Code that waits in native code cannot be
         made to raise anything, so the process ends.
+
+        Args:
+            doing: what is done, for the line that says why it ended.
+            joining: whether the processes have yet to find one another.
 
         Raises:
             ExperimentError: it failed; most likely another process ended.
@@ -141,11 +180,16 @@ class Replicas(Workers):
             raise
         except Exception as error:  # each framework has its own
             raise_if_interrupted()
-            reason = " ".join(str(error).split())[:200]
+            if joining:
+                raise ExperimentError(
+                    f"{doing} failed ({_reason(error)}): see that each port is "
+                    "free and each address right, and what the others say; "
+                    "then start all of them again"
+                ) from error
             raise ExperimentError(
                 f"{doing} failed, most likely because another worker ended "
-                f"({reason}): see what the others say, then start all of them "
-                "again to go on from the last evaluation"
+                f"({_reason(error)}): see what the others say, then start all "
+                "of them again to go on from the last evaluation"
             ) from error
         finally:
             timer.cancel()
@@ -166,10 +210,32 @@ def no_answer(doing: str, seconds: float) -> str:
     )
 
 
+def _reason(error):
+    """Returns what a framework's error says, in a line."""
+    text = str(error)
+    # TensorFlow's says first where a node was made, then what happened; and
+    # names nodes and operations.
+    text = re.sub(r'(?s).*\n  File "[^\n]*', "", text)
+    text = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*", "", text)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
 def _give_up(doing, seconds):
     tqdm.tqdm.write(no_answer(doing, seconds), file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(1)
+    end(1)
+
+
+def end(code: int) -> None:
+    """Ends this process here, without what Python does at its end.
+
+    The frameworks' destructors may wait for other processes, or for threads
+    that wait for Python's lock.
+    """
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def dropout_states(model: keras.Model) -> list[keras.Variable]:

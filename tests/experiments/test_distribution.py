@@ -5,8 +5,10 @@ own. Each makes several runs, for most of its time is spent in importing. What
 they train must be what one device trains.
 """
 
+import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +20,11 @@ import pytest
 
 from experiments import ExperimentError
 from experiments import article
+from experiments import data
 from experiments import distribution
 from experiments import models
 from experiments import run_settings
+from experiments import train
 from experiments import two_workers
 from experiments.distribution import workers
 
@@ -39,10 +43,12 @@ _SHAPE = (8, 8, 3)
 # A program on a few small digits, on which a step and an evaluation, and a
 # network's weights, cost little.
 _PROGRAM = """
+import atexit
 import dataclasses
 import functools
 import json
 import os
+import time
 
 import experiments
 from experiments import data
@@ -75,6 +81,9 @@ def run_all(settings, dataset, output, workers):
         run(before, dataset, folder, workers=workers)
     return run(settings, dataset, output, count, workers)
 
+if "WORLD_SIZE" in os.environ:
+    # Like PyTorch's destructors, which may wait for ever at Python's end.
+    atexit.register(time.sleep, 1000)
 data.load_digits, train.run = few, run_all
 models.build = functools.partial(models.build, input_shape=(8, 8, 3))
 train.define_flags()
@@ -83,7 +92,8 @@ experiments.launch(train.main)
 
 
 def _start(output, *given, environment=None):
-    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    # In place of two devices; what is compiled runs but a few times.
+    xla = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(
         [
             sys.executable,
@@ -97,7 +107,7 @@ def _start(output, *given, environment=None):
         ],
         cwd=_ROOT,
         # Side by side on few cores, threads would wait for one another.
-        env=inherited | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+        env=os.environ | xla | {"OMP_NUM_THREADS": "1"} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -105,15 +115,31 @@ def _start(output, *given, environment=None):
 
 
 def _start_both(output, *given, **added):
+    # Of the two the chief alone can write, and needs to.
     return [
         _start(
-            output,
+            folder,
             f"--distribution={_PROCESSES}",
             *given,
             environment=environment | added,
         )
-        for environment in two_workers.environments(_BACKEND)
+        for folder, environment in zip(
+            (output, os.devnull), two_workers.environments(_BACKEND)
+        )
     ]
+
+
+def _port(environment):
+    """Returns where the first of two workers listens."""
+    return {
+        "tensorflow": lambda given: int(
+            json.loads(given["TF_CONFIG"])["cluster"]["worker"][0].split(":")[1]
+        ),
+        "jax": lambda given: int(
+            given["KERAS_DISTRIBUTION_JOB_ADDRESSES"].split(":")[1]
+        ),
+        "torch": lambda given: int(given["MASTER_PORT"]),
+    }[_BACKEND](environment)
 
 
 def _said(process, timeout=90):
@@ -191,6 +217,18 @@ def _before(*runs):
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(tmp_path_factory):
+    """Has the programs share what JAX compiles, most of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache"))
+        )
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+        yield
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """From names to folders of results, of programs that ran side by side."""
@@ -264,7 +302,7 @@ def test_an_interrupted_run_goes_on(folders):
 
 def test_a_worker_that_ends_and_one_that_never_comes(tmp_path):
     """All at once, for most of their time is spent in importing."""
-    flags = ["--condition=0", "--steps=1000000", "--time_limit=15"]
+    flags = [*_FLAGS, "--steps=1000000", "--time_limit=30"]
     alone = _start(
         tmp_path / "alone",
         f"--distribution={_PROCESSES}",
@@ -288,6 +326,30 @@ def test_a_worker_that_ends_and_one_that_never_comes(tmp_path):
     assert not (tmp_path / "alone").exists()
 
 
+def test_a_worker_that_waits_hears_a_signal(tmp_path):
+    environment, _ = two_workers.environments(_BACKEND)
+    waiting = _start(
+        tmp_path,
+        f"--distribution={_PROCESSES}",
+        "--condition=0",
+        environment=environment,
+    )
+    began = time.monotonic()
+    address = ("127.0.0.1", _port(environment))
+    while True:
+        assert waiting.poll() is None and time.monotonic() - began < 120
+        try:
+            socket.create_connection(address).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    waiting.terminate()
+    _, errors = waiting.communicate(timeout=30)
+    assert waiting.returncode == 143, errors
+    assert errors.splitlines()[-1].startswith("interrupted: ")
+    assert "Traceback" not in errors
+
+
 _SPREAD = {"distribution": _PROCESSES}
 # Settings, arguments of `join`, the environment, and what is said.
 _UNUSABLE = {
@@ -298,7 +360,16 @@ _UNUSABLE = {
         "set KERAS_BACKEND=",
     ),
     "no limit": ({}, (0.0,), {}, "time_limit=0"),
+    "no end of the limit": ({}, (float("inf"),), {}, "time_limit=inf"),
+    "a long limit": ({}, (86400.5,), {}, "86400 at most"),
+    "no number": ({}, (float("nan"),), {}, "time_limit=nan"),
     "devices": ({}, (60.0, 2), {}, "cpu_devices=2, distribution=none"),
+    "several, each alone": (
+        {},
+        (60.0,),
+        {"WORLD_SIZE": "2"},
+        "give --distribution=ddp. Received: distribution=none, WORLD_SIZE=2",
+    ),
 }
 _UNUSABLE |= {
     "tensorflow": {
@@ -308,6 +379,21 @@ _UNUSABLE |= {
             (60.0,),
             {"TF_CONFIG": '{"cluster": {"worker": ["a:1"]}, "task": 3}'},
             "multiworker needs TF_CONFIG",
+        ),
+        "a port that is none": (
+            _SPREAD,
+            (60.0,),
+            {
+                "TF_CONFIG": '{"cluster": {"worker": ["a:b"]}, '
+                '"task": {"type": "worker", "index": 0}}'
+            },
+            "multiworker needs TF_CONFIG",
+        ),
+        "many devices": (
+            {"distribution": "mirrored"},
+            (60.0, 100_000),
+            {},
+            "cpu_devices=100000, batch_size=128",
         ),
     },
     "jax": {
@@ -322,6 +408,12 @@ _UNUSABLE |= {
             (60.0,),
             {},
             "give a multiple of 2. Received: batch_size=7",
+        ),
+        "many devices": (
+            _SPREAD,
+            (60.0, 100_000),
+            {},
+            "cpu_devices=100000, batch_size=128",
         ),
     },
     "torch": {
@@ -339,6 +431,20 @@ _UNUSABLE |= {
         ),
     },
 }[_BACKEND]
+
+
+def test_more_replicas_than_images(monkeypatch):
+    joined = workers.Workers()
+    joined.replicas = 4
+    monkeypatch.setattr(distribution, "_workers", lambda *given: joined)
+    settings = run_settings.Settings(condition=0, batch_size=3)
+    with pytest.raises(ExperimentError) as error:
+        with distribution.join(settings, 60.0):
+            pass
+    assert str(error.value) == (
+        "each of the 4 replicas needs an image of every batch: give a larger "
+        "one. Received: batch_size=3"
+    )
 
 
 @pytest.mark.parametrize("name", list(_UNUSABLE))
@@ -388,18 +494,118 @@ def test_shares_of_a_batch():
     assert shares == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
-def test_two_workers_program(tmp_path):
-    program = [sys.executable, "-m", "experiments.two_workers"]
-    flags = ["--dataset=digits", f"--output={tmp_path}", "--condition=0"]
-    done = subprocess.run(
-        [*program, *flags, "--time_limit=30", "--batch_size=1"],
-        cwd=_ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
+# As TensorFlow words it.
+_IN_A_GRAPH = """Graph execution error:
+
+Detected at node adam_1/CollectiveReduceV2 defined at (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+
+  File "/somewhere/train.py", line 351, in main
+
+Collective ops is aborted by: The following tasks are unhealthy:
+/job:worker/replica:0/task:1
+\t [[{{node adam_1/CollectiveReduceV2}}]] [Op:__inference__step_of_all_1093]"""
+
+
+@pytest.mark.parametrize(
+    "joining, error, said",
+    [
+        (
+            False,
+            _IN_A_GRAPH,
+            "a step failed, most likely because another worker ended "
+            "(Collective ops is aborted by: The following tasks are "
+            "unhealthy: /job:worker/replica:0/task:1): see what the others "
+            "say, then start all of them again to go on from the last "
+            "evaluation",
+        ),
+        (
+            True,
+            "[Errno 98] Address already in use",
+            "a step failed ([Errno 98] Address already in use): see that "
+            "each port is free and each address right, and what the others "
+            "say; then start all of them again",
+        ),
+        (
+            True,
+            "",
+            "a step failed (OSError): see that each port is free and each "
+            "address right, and what the others say; then start all of them "
+            "again",
+        ),
+    ],
+)
+def test_what_failed_is_said_with_its_reason(joining, error, said):
+    replicas = workers.Replicas(time_limit=60.0)
+    replicas.processes = 2
+    with pytest.raises(ExperimentError) as raised:
+        with replicas.together("a step", joining):
+            raise OSError(error)
+    assert str(raised.value) == said
+
+
+# JAX can no longer join in this process, which has made arrays.
+if _BACKEND != "jax":
+
+    def test_a_port_in_use_is_one_line(monkeypatch):
+        environment, _ = two_workers.environments(_BACKEND)
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, value)
+        settings = run_settings.Settings(condition=0, **_SPREAD)
+        with socket.create_server(("", _port(environment))):
+            with pytest.raises(ExperimentError) as error:
+                with distribution.join(settings, 60.0):
+                    pass
+        assert "ddress already in use" in str(error.value)
+        assert "see that each port is free" in str(error.value)
+
+
+class _Other(workers.Workers):
+    """One of two workers, which the other one answers."""
+
+    processes = 2
+
+    def __init__(self, process, answer=0):
+        self.process, self._answer = process, answer
+
+    def sum(self, values):
+        self.given = values
+        return values + self._answer
+
+
+def test_workers_with_other_settings():
+    facts = {"steps": 4, "learning_rate": 0.1, "dataset": "digits"}
+    chief = _Other(0)
+    with pytest.raises(ExperimentError):
+        chief.require_same(facts)
+    assert chief.given.max() < 2**24
+    _Other(1, chief.given).require_same(dict(facts))
+    with pytest.raises(ExperimentError) as error:
+        _Other(1, chief.given).require_same(
+            facts | {"steps": 2, "dataset": "cifar10"}
+        )
+    assert str(error.value).startswith(
+        "the workers differ in steps, dataset: start all of them with the "
     )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "replicas needs an image of every batch" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: worker ")
+    assert str(error.value).endswith(
+        "Worker 1 received: steps=2, dataset=cifar10"
+    )
+
+
+def test_a_run_of_workers_with_other_data(tmp_path):
+    settings = run_settings.Settings(condition=0)
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    labels = np.zeros(4, np.int32)
+    few = data.Dataset(images, labels, images, labels, "few", "1", "none")
+    others = np.ones_like(labels)
+    other = dataclasses.replace(few, test_labels=others)
+    digests = {few.digest, other.digest}
+    digests.add(dataclasses.replace(few, train_images=images + 1).digest)
+    assert len(digests) == 3
+    chief = _Other(0)
+    with pytest.raises(ExperimentError):
+        train.run(settings, few, tmp_path, workers=chief)
+    worker = _Other(1, chief.given)
+    with pytest.raises(ExperimentError, match="the workers differ in dataset"):
+        train.run(settings, other, tmp_path, workers=worker)
     assert not list(tmp_path.iterdir())

@@ -27,11 +27,11 @@ def main(argv):
 
 experiments.launch(main)
 """
-TERMINATED = """
+SIGNALLED = """
 import os, signal
 import experiments
 
-experiments.launch(lambda argv: os.kill(os.getpid(), signal.SIGTERM))
+experiments.launch(lambda argv: os.kill(os.getpid(), signal.{}))
 """
 
 
@@ -77,7 +77,8 @@ def test_an_interruption_that_was_swallowed_is_not_lost():
     assert done.stderr == "interrupted: give the same command again\n"
 
 
-def test_a_terminated_program_says_so():
-    done = run_program(TERMINATED)
-    assert done.returncode == 143
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_program_that_a_signal_ended_says_so(name, code):
+    done = run_program(SIGNALLED.format(name))
+    assert done.returncode == code
     assert done.stderr == "interrupted: give the same command again\n"

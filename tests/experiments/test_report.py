@@ -1,5 +1,6 @@
 """The report says what the result files say, and refuses what it must."""
 
+import html
 import html.parser
 import json
 import re
@@ -433,3 +434,53 @@ def test_curves_that_are_none_are_refused(tmp_path):
             report.write_report(tmp_path / "results", curve)
     with pytest.raises(ExperimentError, match="cannot read"):
         report.write_report(tmp_path / "results", tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize(
+    "facts, before, after",
+    [
+        ({"distribution": "none", "replicas": 1}, "python", ""),
+        (
+            {"distribution": "mirrored", "replicas": 2},
+            "python",
+            " --cpu_devices=2",
+        ),
+        (
+            {"distribution": "mirrored", "replicas": 2, "device": "GPU:0"},
+            "python",
+            "",
+        ),
+        (
+            {"distribution": "data_parallel", "replicas": 4, "backend": "jax"},
+            "python",
+            " --cpu_devices=4",
+        ),
+        (
+            {"distribution": "ddp", "replicas": 3, "backend": "torch"},
+            "torchrun --nproc_per_node=3",
+            "",
+        ),
+        (
+            {"distribution": "multiworker", "replicas": 2},
+            'TF_CONFIG=\'{"cluster": {"worker": ["127.0.0.1:2222", '
+            '"127.0.0.1:2223"]}, "task": {"type": "worker", "index": 0}}\' '
+            "python",
+            "",
+        ),
+    ],
+)
+def test_the_command_that_repeats_a_run(tmp_path, facts, before, after):
+    write_run(tmp_path, 0, 0, [0.1, 0.2], synchronized=False, **facts)
+    page = report.write_report(tmp_path).read_text()
+    (commands,) = re.findall("<pre>(.*?)</pre>", page, flags=re.DOTALL)
+    command = html.unescape(commands).splitlines()[0]
+    backend = facts.get("backend", "tensorflow")
+    assert command == (
+        f"KERAS_BACKEND={backend} {before} -m experiments.train "
+        "--condition=N --seed=N --output=RESULTS --dataset=cifar10 "
+        "--steps=400 --eval_every=100 --batch_size=128 --optimizer=adam "
+        "--learning_rate=0.001 --input=raw --layer=keras_bn "
+        f"--distribution={facts['distribution']}{after}"
+    )
+    several = facts["distribution"] == "multiworker"
+    assert ("start one worker for each" in page) == several
