@@ -217,18 +217,6 @@ def _before(*runs):
     }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    """Has the programs share what JAX compiles, most of their time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache"))
-        )
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
-        yield
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """From names to folders of results, of programs that ran side by side."""
