@@ -26,8 +26,8 @@ class StatisticsMonitor(keras.callbacks.Callback):
     are warned of: the layers, the steps, the likely cause and what to type. A
     layer whose gamma and beta do not train is compared with all weights of the
     model. Layers are left alone that are frozen on purpose: `trainable=False`,
-    `update_moving_statistics=False`, `use_moving_statistics=False`, or
-    `training=False` in a functional model. `momentum=1.0` is no such purpose.
+    `update_moving_statistics=False` or `use_moving_statistics=False`.
+    `training=False` in a call, and `momentum=1.0`, may be an accident.
 
     List it before callbacks that change weights, as `RecalibrateStatistics`
     and `keras.callbacks.SwapEMAWeights`.

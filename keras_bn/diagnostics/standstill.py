@@ -53,12 +53,10 @@ class Snapshot:
     """
 
     def __init__(self, model, layers, values=None):
-        in_inference = _in_inference(model)
         self.updates = {
             layer
             for layer in layers
             if not is_frozen(layer)
-            and layer not in in_inference
             and getattr(layer, "use_moving_statistics", None) is not False
         }
         self.statistics = {x: statistics_of(x, values) for x in layers}
@@ -200,23 +198,6 @@ def checked_arguments(every, on_stale):
             '`on_stale` must be "warn" or "raise". '
             f"Received: on_stale={on_stale!r}."
         )
-
-
-def _in_inference(model):
-    """The layers that a functional model calls with `training=False`.
-
-    That is how Keras's guide to transfer learning keeps statistics still.
-    """
-    return {
-        inner
-        for layer in model._flatten_layers()
-        if layer._inbound_nodes
-        and all(
-            node.arguments.kwargs.get("training") is False
-            for node in layer._inbound_nodes
-        )
-        for inner in layer._flatten_layers()
-    }
 
 
 def differ(before, now):

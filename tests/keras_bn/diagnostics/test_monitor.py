@@ -150,13 +150,6 @@ def _frozen(layer, setting, value):
     return layer
 
 
-def _fine_tuned():
-    """As in Keras's guide to transfer learning."""
-    base = model_of(OURS(), KERAS(), name="base")
-    inputs = keras.Input((3,))
-    return keras.Model(inputs, base(inputs, training=False))
-
-
 def _each_by_itself():
     return model_of(
         _frozen(KERAS(), "trainable", False),
@@ -169,7 +162,7 @@ def _never_used():
     return InInference(OURS(use_moving_statistics=False))
 
 
-@pytest.mark.parametrize("model", [_fine_tuned, _each_by_itself, _never_used])
+@pytest.mark.parametrize("model", [_each_by_itself, _never_used])
 def test_still_on_purpose(model):
     with _silence():
         _fit(compiled(model()), _monitor(), epochs=2)
