@@ -2,7 +2,10 @@
 
 import keras
 
+from keras_bn.diagnostics.monitor import StatisticsMonitor
 from keras_bn.diagnostics.recalibrate import recalibrate
+from keras_bn.diagnostics.recalibrate_in_fit import RecalibrateStatistics
+from keras_bn.diagnostics.watch import watch_statistics
 from keras_bn.layer import BatchNormalization
 from keras_bn.renorm_schedule import renorm_schedule
 from keras_bn.surgery.freeze import freeze
@@ -14,10 +17,13 @@ if keras.backend.backend() == "torch":
 
 __all__ = [
     "BatchNormalization",
+    "RecalibrateStatistics",
+    "StatisticsMonitor",
     "freeze",
     "recalibrate",
     "renorm_schedule",
     "reset_statistics",
     "thaw",
+    "watch_statistics",
 ]
 __version__ = "0.1.0"

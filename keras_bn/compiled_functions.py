@@ -56,7 +56,7 @@ class CompiledFunctions:
                 f"{setting} on a BatchNormalization does not reach the "
                 "functions that were compiled with it before; call "
                 "`model.compile(...)` again, or trace your own function again.",
-                stacklevel=_stacklevel_of_user(),
+                stacklevel=stacklevel_of_user(),
             )
 
 
@@ -133,7 +133,8 @@ def _is_symbolic():
         return scope.original_scope is not None
 
 
-def _stacklevel_of_user():
+def stacklevel_of_user():
+    """The `stacklevel` at which a warning names the line of the user."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]

@@ -116,11 +116,7 @@ def recalibrate(
             that inference is better than the batch's statistics. In every
             case, interrupted too, the statistics stay what they were.
     """
-    if method not in ("batch", "layerwise"):
-        raise ValueError(
-            '`method` must be "batch" or "layerwise". '
-            f"Received: method={method!r}."
-        )
+    checked_method(method)
     every_layer = built_batch_normalizations("recalibrate", model)
     layers = [x for x in every_layer if frozen or not is_frozen(x)]
     if not layers:
@@ -151,6 +147,15 @@ def recalibrate(
     return Recalibration(
         _what_changed(layer, moments[layer], values) for layer in layers
     )
+
+
+def checked_method(method):
+    """Raises ValueError for what is no method of `recalibrate`."""
+    if method not in ("batch", "layerwise"):
+        raise ValueError(
+            '`method` must be "batch" or "layerwise". '
+            f"Received: method={method!r}."
+        )
 
 
 def is_frozen(layer):
