@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_bn.diagnostics.audit import audit
 from keras_bn.diagnostics.recalibrate import recalibrate
 from keras_bn.layer import BatchNormalization
 from keras_bn.renorm_schedule import renorm_schedule
@@ -14,6 +15,7 @@ if keras.backend.backend() == "torch":
 
 __all__ = [
     "BatchNormalization",
+    "audit",
     "freeze",
     "recalibrate",
     "renorm_schedule",

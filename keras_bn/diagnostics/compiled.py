@@ -13,8 +13,13 @@ def compiled(model, function):
 
     Returns:
         Function of arrays. On TensorFlow a `tf.function`, on JAX a `jax.jit`
-        of the variables, on PyTorch `function` without gradients.
+        of the variables, on PyTorch `function` without gradients. Whatever it
+        assigns to variables or adds to losses is dropped.
     """
+
+    def stateless(*structures):
+        with keras.StatelessScope():
+            return function(*structures)
 
     def of_arrays(*structures):
         return run(
@@ -25,7 +30,7 @@ def compiled(model, function):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        run = tf.function(function, reduce_retracing=True)
+        run = tf.function(stateless, reduce_retracing=True)
     elif backend == "jax":
         import jax
 
@@ -40,5 +45,5 @@ def compiled(model, function):
     else:
         import torch
 
-        run = torch.no_grad()(function)
+        run = torch.no_grad()(stateless)
     return of_arrays
