@@ -3,6 +3,7 @@
 import dataclasses
 
 from keras_bn.diagnostics import data_checks
+from keras_bn.diagnostics import thresholds
 from keras_bn.diagnostics import weight_checks
 from keras_bn.diagnostics.audit_report import AuditReport
 from keras_bn.diagnostics.batches import BATCH_SIZE
@@ -40,8 +41,9 @@ def audit(
             or built into Keras, is found at any depth.
         data: None, or data as the model was trained on or will be used on, in
             any form that `keras_bn.recalibrate` takes; a few thousand samples
-            will do. It is read once, arrays in another order. Batches of 32
-            samples or more, not sorted by class, find most.
+            will do. It is read once, arrays in another order; batches of fewer
+            than 32 samples are joined. Batches that are sorted by class tell
+            little.
         labels: Array of labels, one for each sample of arrays; other data
             brings its own.
         steps: Int, how many batches to read; None: all.
@@ -66,7 +68,14 @@ def audit(
         )
     on_data = None
     if data is not None:
-        batches = Batches(data, labels, steps, batch_size, shuffled=True)
+        batches = Batches(
+            data,
+            labels,
+            steps,
+            batch_size,
+            shuffled=True,
+            at_least=thresholds.SAMPLES,
+        )
         on_data = data_checks.look_at(
             model, layers, batches, labels is not None, verbose
         )

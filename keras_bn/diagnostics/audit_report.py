@@ -6,6 +6,7 @@ import json
 import math
 import textwrap
 
+from keras_bn.diagnostics import thresholds
 from keras_bn.diagnostics.text_table import text_table
 
 _COLUMNS = 100
@@ -62,13 +63,18 @@ class Scores:
         name: "accuracy" or "loss".
         in_inference, with_batch: Floats, with the moving statistics and with
             those of the batch.
-        standard_error: Float, of the difference; of a loss in its logarithm.
+        lost_with_batch: Float, by how much the batch's statistics do worse,
+            negative where they do better; of a loss in its logarithm.
+        standard_error: Float, of `lost_with_batch`.
+        threshold: Float, above which the worse mode is a finding.
     """
 
     name: str
     in_inference: float
     with_batch: float
+    lost_with_batch: float
     standard_error: float
+    threshold: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +149,20 @@ class AuditReport:
                 f"{self.scores.in_inference:.3f} in inference, "
                 f"{self.scores.with_batch:.3f} with the batch's statistics."
             )
+        if self.ok and self._lags():
+            yield (
+                "The moving average lags behind: keras_bn.recalibrate(model, "
+                "data) brings what it costs."
+            )
+
+    def _lags(self):
+        """Whether what is lost in inference is real, if no illness."""
+        scores = self.scores
+        return scores is not None and (
+            -scores.lost_with_batch
+            > thresholds.SCORE_LOST
+            + thresholds.STANDARD_ERRORS * scores.standard_error
+        )
 
     def _worst(self):
         def size(layer):

@@ -26,6 +26,8 @@ class Batches:
         batch_size: Int, samples in a batch; only for arrays.
         shuffled: Whether arrays are read in another order, always the same:
             a batch of samples that were sorted has statistics of its own.
+        at_least: Int: as many batches are joined as have so many samples,
+            where they are of one shape.
 
     Attributes:
         number: How many batches there are, or None where nobody knows.
@@ -43,6 +45,7 @@ class Batches:
         steps=None,
         batch_size=BATCH_SIZE,
         shuffled=False,
+        at_least=1,
     ):
         if steps is not None and (int(steps) != steps or steps < 1):
             raise ValueError(
@@ -52,6 +55,7 @@ class Batches:
         _check_arrays(data, labels)
         self._steps = steps
         self._is_read = False
+        self._at_least = at_least
         try:
             self._adapter = get_data_adapter(data, labels, None, batch_size)
             if shuffled and isinstance(self._adapter, ArrayDataAdapter):
@@ -76,6 +80,19 @@ class Batches:
         self.can_be_read_again = not hasattr(data, "send")
 
     def __iter__(self):
+        waiting = []
+        for batch in self._read():
+            if waiting and _shapes(batch) != _shapes(waiting[0]):
+                yield _joined(waiting)
+                waiting = []
+            waiting.append(batch)
+            if sum(map(_samples, waiting)) >= self._at_least:
+                yield _joined(waiting)
+                waiting = []
+        if waiting:
+            yield _joined(waiting)
+
+    def _read(self):
         if self._is_read and not self.can_be_read_again:
             raise ValueError(
                 "A generator can be read once, and more passes are needed. "
@@ -96,6 +113,23 @@ class Batches:
                 "`data` ended early. "
                 f"Received: {read} batches, steps={self._steps}."
             )
+
+
+def _samples(batch):
+    return len(keras.tree.flatten(batch[0])[0])
+
+
+def _shapes(batch):
+    return [x.shape[1:] for x in keras.tree.flatten(batch) if x is not None]
+
+
+def _joined(batches):
+    if len(batches) == 1:
+        return batches[0]
+    return keras.tree.map_structure(
+        lambda *parts: None if parts[0] is None else np.concatenate(parts),
+        *batches,
+    )
 
 
 class _Shuffled(keras.utils.PyDataset):

@@ -18,6 +18,7 @@ from keras_bn.diagnostics.output_gaps import OutputGap
 from keras_bn.diagnostics.recalibrate import is_frozen
 from keras_bn.diagnostics.scores import Comparison
 from keras_bn.diagnostics.weight_checks import ASK
+from keras_bn.diagnostics.weight_checks import uses_statistics
 from keras_bn.moving_statistics import as_vector
 
 WITH_BATCH, IN_INFERENCE, UNKNOWN = "with batch", "in inference", "unknown"
@@ -68,7 +69,8 @@ def look_at(model, layers, batches, labels_are_given, verbose):
     # Of the inputs that inference and that the batch's statistics make.
     moments = [_none_yet(layers) for _ in passes]
     comparison, gap, samples = Comparison(model), OutputGap(), 0
-    bar = keras.utils.Progbar(batches.number, verbose=verbose)
+    # Batches that are joined count once, so their number is not known.
+    bar = keras.utils.Progbar(None, verbose=verbose)
     for inputs, labels in batches:
         outputs = []
         for one, merged in zip(passes, moments):
@@ -86,8 +88,7 @@ def look_at(model, layers, batches, labels_are_given, verbose):
                 comparison = None
         samples += len(keras.tree.flatten(inputs)[0])
         bar.add(1)
-    if batches.number is None:
-        bar.update(bar._seen_so_far, finalize=True)
+    bar.update(bar._seen_so_far, finalize=True)
     in_inference, in_training = (
         [_distance(layer, of_layers[layer]) for layer in layers]
         for of_layers in moments
@@ -95,14 +96,19 @@ def look_at(model, layers, batches, labels_are_given, verbose):
     off = [
         layer
         for layer, distance in zip(layers, in_inference)
-        if _is_off(layer, distance)
+        if uses_statistics(layer) and _is_off(distance)
     ]
+    scores = _scores(comparison)
     return OnData(
-        [x for x in in_training if x.positions],
+        [
+            distance
+            for layer, distance in zip(layers, in_training)
+            if distance.positions and uses_statistics(layer)
+        ],
         gap.value,
-        _scores(comparison),
+        scores,
         samples,
-        _better(model, layers, off, comparison, gap.value, inputs),
+        _better(model, layers, off, gap.value, scores, inputs),
         all(is_frozen(x) for x in off),
     )
 
@@ -111,41 +117,50 @@ def findings_of(on_data):
     """Findings of the whole model, and of the layers that are off."""
     if on_data.better is None:
         return []
-    what, measured, threshold = (
-        "standard deviations between outputs in the modes",
-        on_data.output_gap,
-        thresholds.OUTPUT_GAP,
-    )
-    if on_data.better != UNKNOWN:
-        worse = "inference" if on_data.better == WITH_BATCH else "batch"
-        name = on_data.scores.name
-        what = f"{name} lost with the moving statistics"
-        if worse == "batch":
-            what = f"{name} lost with the statistics of the batch"
-        if name == "loss":
-            what = what.replace("loss lost", "log loss gained")
-        measured = abs(_lost(on_data.scores))
-        threshold = thresholds.SCORE_LOST
-    cause, remedy = cause_and_remedy(on_data)
-    findings = [Finding(None, what, measured, threshold, cause, remedy)]
+    effects = _effects(on_data.output_gap, on_data.scores)
+    measures = [(None, *effect) for effect in effects]
     for one in on_data.layers:
-        for what, measured, threshold in (
+        measures += [
             (
+                one.layer,
                 "standard deviations that means are off by",
                 one.mean_distance,
                 thresholds.MEAN_DISTANCE,
             ),
             (
+                one.layer,
                 "log variance that is off by",
                 one.variance_log_ratio,
                 thresholds.VARIANCE_LOG_RATIO,
             ),
-        ):
-            if not measured <= threshold:
-                findings.append(
-                    Finding(one.layer, what, measured, threshold, cause, remedy)
-                )
-    return findings
+        ]
+    cause, remedy = cause_and_remedy(on_data)
+    return [
+        Finding(*one, cause, remedy)
+        for one in measures
+        # What is not a number is above any threshold.
+        if not one[2] <= one[3]
+    ]
+
+
+def _effects(gap, scores):
+    """What is measured, the measure and the threshold of each effect."""
+    yield (
+        "standard deviations between the modes' outputs",
+        gap,
+        thresholds.OUTPUT_GAP,
+    )
+    if scores is None:
+        return
+    lost = f"{scores.name} lost"
+    if scores.name == "loss":
+        lost = "logarithm of the loss gained"
+    in_inference = scores.lost_with_batch < 0
+    yield (
+        f"{lost} with the {'moving' if in_inference else 'batch'} statistics",
+        abs(scores.lost_with_batch),
+        scores.threshold,
+    )
 
 
 def cause_and_remedy(on_data):
@@ -172,29 +187,34 @@ def cause_and_remedy(on_data):
             "to nothing.",
             "keras_bn.recalibrate(model, data, labels=labels)",
         )
-    return (
+    cause = (
         "Either the moving statistics are stale, or the weights were trained "
-        "in inference mode, without training=True. Labels tell which.",
-        ASK,
+        "in inference mode, without training=True. "
     )
+    if on_data.scores is None:
+        return cause + "Labels tell which.", ASK
+    return cause + "More labels than these tell which.", ASK
 
 
-def _better(model, layers, off, comparison, gap, inputs):
-    found = comparison.better() if comparison is not None else None
-    if not off or (found is None and gap <= thresholds.OUTPUT_GAP):
+def _better(model, layers, off, gap, scores, inputs):
+    effects = _effects(gap, scores)
+    if not off or all(found <= most for _, found, most in effects):
         return None
-    if found == "with_batch":
+    lost = 0.0
+    if scores is not None:
+        lost = scores.lost_with_batch
+        if abs(lost) <= thresholds.STANDARD_ERRORS * scores.standard_error:
+            lost = 0.0
+    if lost < 0:
         return WITH_BATCH
     # Weights that were trained above frozen layers are made for them.
     called = called_for_training(model, layers, inputs)
     if all(is_frozen(x) or x not in called for x in off):
         return None
-    return IN_INFERENCE if found == "in_inference" else UNKNOWN
+    return IN_INFERENCE if lost > 0 else UNKNOWN
 
 
-def _is_off(layer, distance):
-    if getattr(layer, "use_moving_statistics", None) is False:
-        return False
+def _is_off(distance):
     # What is not a number is off.
     return not (
         distance.mean_distance <= thresholds.MEAN_DISTANCE
@@ -231,11 +251,8 @@ def _scores(comparison):
         comparison.name,
         comparison.in_inference,
         comparison.with_batch,
+        comparison.lost_with_batch(),
         comparison.standard_error(),
+        comparison.least(),
     )
 
-
-def _lost(scores):
-    if scores.name == "accuracy":
-        return scores.in_inference - scores.with_batch
-    return float(np.log(scores.with_batch / scores.in_inference))

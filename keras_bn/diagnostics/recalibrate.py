@@ -15,6 +15,7 @@ from keras_bn.diagnostics.forward_passes import ForwardPass
 from keras_bn.diagnostics.moments_of_data import MergedMoments
 from keras_bn.diagnostics.scores import Comparison
 from keras_bn.diagnostics.text_table import text_table
+from keras_bn.diagnostics.thresholds import SCORE_LOST
 from keras_bn.model_layers import built_batch_normalizations
 
 # From a layer to the variance that it was given here.
@@ -277,7 +278,7 @@ def _what_changed(layer, moments, before):
 
 
 def _refuse_where_inference_is_better(comparison):
-    if comparison.better() != "in_inference":
+    if comparison.better(by=SCORE_LOST) != "in_inference":
         return
     raise ValueError(
         "The weights were trained for the moving statistics that they have: "

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_bn.diagnostics.thresholds import LOST_BY_LAG
 from keras_bn.diagnostics.thresholds import SCORE_LOST
 from keras_bn.diagnostics.thresholds import STANDARD_ERRORS
 
@@ -94,11 +95,31 @@ class Comparison:
             of_batches = np.sum(np.square(sums)) * batches / (batches - 1)
         return float(np.sqrt(max(of_samples, of_batches)) / len(every))
 
-    def better(self):
-        """"in_inference", "with_batch", or None where that is not certain."""
+    def least(self):
+        """What has to be lost in the worse mode to be more than chance.
+
+        In inference, more than a moving average costs that lags behind.
+        """
+        least = SCORE_LOST
+        if self.lost_with_batch() < 0:
+            least = max(least, self._lost_by_lag())
+        return least + STANDARD_ERRORS * self.standard_error()
+
+    def _lost_by_lag(self):
+        if self.name == "loss":
+            return LOST_BY_LAG
+        right = self.with_batch
+        odds = right / max(1.0 - right, 1e-9) * np.exp(-LOST_BY_LAG)
+        return right - odds / (1.0 + odds)
+
+    def better(self, by=0.0):
+        """"in_inference", "with_batch", or None where that is not certain.
+
+        Args:
+            by: By how much at least, as in `lost_with_batch`.
+        """
         lost = self.lost_with_batch()
-        least = SCORE_LOST + STANDARD_ERRORS * self.standard_error()
-        if abs(lost) <= least:
+        if abs(lost) <= by + STANDARD_ERRORS * self.standard_error():
             return None
         return "in_inference" if lost > 0 else "with_batch"
 

@@ -8,6 +8,12 @@ Calibrated on healthy models: see BUILD_NOTES.md, "Thresholds of the audit".
 SCORE_LOST = 0.05
 STANDARD_ERRORS = 2.0
 
+# What a moving average costs that lags behind weights which are learning
+# fast: of the accuracy as log odds (0.2 at 0.6, 0.05 at 0.95), of the loss as
+# its logarithm. More than this, and than the above, has to be lost in
+# inference; where the statistics of the batch do worse it is no excuse.
+LOST_BY_LAG = 0.8
+
 # Root mean square of the difference between the outputs in inference and with
 # the batch's statistics, in standard deviations of the outputs.
 OUTPUT_GAP = 0.7
@@ -18,6 +24,9 @@ OUTPUT_GAP = 0.7
 # to batches that are small or sorted.
 MEAN_DISTANCE = 0.5
 VARIANCE_LOG_RATIO = 0.5
+
+# Samples in a batch: smaller ones are joined, as their moments are too coarse.
+SAMPLES = 32
 
 # Of the weight that the moving statistics' initial values have.
 INITIAL_SHARE = 0.05

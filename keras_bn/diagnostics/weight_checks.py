@@ -47,7 +47,8 @@ def likely(model, layers):
     return findings + _frozen_beside_trainable(model, layers)
 
 
-def _uses_statistics(layer):
+def uses_statistics(layer):
+    """Whether inference normalizes with the moving statistics."""
     return getattr(layer, "use_moving_statistics", None) is not False
 
 
@@ -56,7 +57,7 @@ def _array(variable):
 
 
 def _at_initial_values(layer):
-    if not _uses_statistics(layer) or statistics_have_moved(layer) is not False:
+    if not uses_statistics(layer) or statistics_have_moved(layer) is not False:
         return
     if is_frozen(layer):
         cause = (
@@ -127,7 +128,7 @@ def _too_few_steps(layer, steps):
     """
     if (
         not steps
-        or not _uses_statistics(layer)
+        or not uses_statistics(layer)
         or is_frozen(layer)
         or layer.momentum is None
         or getattr(layer, "debias", False)
@@ -161,7 +162,7 @@ def _too_few_steps(layer, steps):
 
 def _below_epsilon(layer):
     share = float(np.mean(_array(layer.moving_variance) < layer.epsilon))
-    if _uses_statistics(layer) and share > thresholds.SHARE_BELOW_EPSILON:
+    if uses_statistics(layer) and share > thresholds.SHARE_BELOW_EPSILON:
         yield Finding(
             layer.name,
             "share of channels with a variance below epsilon",
@@ -235,7 +236,7 @@ def _frozen_beside_trainable(model, layers):
     findings, trains = [], False
     for layer in model._flatten_layers(include_self=False):
         if any(layer is x for x in layers) and is_frozen(layer):
-            if trains and _uses_statistics(layer):
+            if trains and uses_statistics(layer):
                 findings.append(
                     Finding(
                         layer.name,
