@@ -210,7 +210,10 @@ def _explained(groups):
 
 
 def _short(name):
-    return name if len(name) <= _NAME else f"{name[: _NAME - 3]}..."
+    if len(name) <= _NAME:
+        return name
+    # The end is what differs.
+    return f"{name[:10]}...{name[13 - _NAME :]}"
 
 
 def _wrapped(text, indent=""):

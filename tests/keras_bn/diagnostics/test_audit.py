@@ -107,7 +107,7 @@ def test_dropped_updates(layer):
 def test_training_in_inference_mode():
     report = _audited(_in_inference())
     assert all(x.startswith(TRAIN_AGAIN) for x in _remedies(report))
-    assert report.scores.in_inference > report.scores.with_batch + 0.2
+    assert report.scores.in_inference > report.scores.with_batch + 0.1
 
 
 def test_too_few_steps_for_the_momentum():
@@ -146,13 +146,23 @@ def test_frozen_on_purpose():
     assert report.output_gap > 0.7
 
 
+class _InInference(keras.Model):
+    """Freezes a model as one that is written by hand may."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def call(self, inputs, training=None):
+        return self.base(inputs, training=False)
+
+
 def test_called_for_inference_within_the_model():
-    """Keras's way of freezing: the model in it is called for inference."""
     values, labels = digits.unseen()
     base = _frozen_and_adapted()
     keras_bn.thaw(base)
-    inputs = keras.Input((8, 8, 1))
-    model = keras.Model(inputs, base(inputs, training=False))
+    model = _InInference(base)
+    model(values[:1])
     assert _audited(model, values, labels).ok
     assert not _audited(base, values, labels).ok
 
@@ -237,8 +247,8 @@ def test_nothing_changes():
     ]
     variables = [*model.variables, *model.optimizer.variables]
     before = [frameworks.array(v) for v in variables]
-    draws = random.getstate()[1], np.random.get_state()[1].tolist()
     global_seed = _state_of_global_seed()
+    draws = random.getstate()[1], np.random.get_state()[1].tolist()
     keras_bn.audit(model, values, labels, verbose=0)
     keras_bn.audit(model)
     for variable, value in zip(variables, before):
