@@ -1,5 +1,7 @@
 """A function of a model, compiled as its framework does it."""
 
+import functools
+
 import keras
 from keras import ops
 
@@ -30,7 +32,9 @@ def compiled(model, function):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        run = tf.function(stateless, reduce_retracing=True)
+        # TensorFlow warns of many traces, and counts together what has one
+        # code; a partial has none.
+        run = tf.function(functools.partial(stateless), reduce_retracing=True)
     elif backend == "jax":
         import jax
 

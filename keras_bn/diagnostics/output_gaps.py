@@ -56,4 +56,4 @@ def _gap(squares, *moments):
 
 def _flat(outputs):
     outputs = keras.tree.flatten(outputs)
-    return [x if x.ndim > 1 else x[:, None] for x in outputs]
+    return [x if x.ndim > 1 else x.reshape(-1, 1) for x in outputs]

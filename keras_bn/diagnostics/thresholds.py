@@ -32,7 +32,7 @@ SAMPLES = 32
 INITIAL_SHARE = 0.05
 
 # Of the channels of a layer.
-SHARE_BELOW_EPSILON = 0.5
+SHARE_BELOW_EPSILON = 0.75
 SHARE_DEAD = 0.5
 
 # A channel whose |gamma| is below it is dead.
@@ -41,7 +41,7 @@ DEAD_GAMMA = 1e-3
 # Powers of ten between the largest and the smallest, of |gamma| in channels
 # that are not dead and of moving variance + epsilon.
 GAMMA_ORDERS = 4.0
-VARIANCE_ORDERS = 9.0
+VARIANCE_ORDERS = 10.0
 
 # Largest difference between replicas, in parts of the largest value.
 REPLICAS_DISAGREE = 1e-4
