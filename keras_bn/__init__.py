@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_bn.diagnostics.audit import audit
 from keras_bn.diagnostics.monitor import StatisticsMonitor
 from keras_bn.diagnostics.recalibrate import recalibrate
 from keras_bn.diagnostics.recalibrate_in_fit import RecalibrateStatistics
@@ -19,6 +20,7 @@ __all__ = [
     "BatchNormalization",
     "RecalibrateStatistics",
     "StatisticsMonitor",
+    "audit",
     "freeze",
     "recalibrate",
     "renorm_schedule",

@@ -48,16 +48,20 @@ class CompiledFunctions:
             setting: What was just set on the layer, as the user would type it.
             would_do: Function of `training`, what the layer does from now on.
         """
-        if any(
-            trace.is_in_use() and did != would_do(trace.training)
-            for trace, did in self._traces.items()
-        ):
+        if self.is_outdated(would_do):
             warnings.warn(
                 f"{setting} on a BatchNormalization does not reach the "
                 "functions that were compiled with it before; call "
                 "`model.compile(...)` again, or trace your own function again.",
                 stacklevel=stacklevel_of_user(),
             )
+
+    def is_outdated(self, would_do):
+        """Whether `would_do(training)` is not what a trace in use did."""
+        return any(
+            trace.is_in_use() and did != would_do(trace.training)
+            for trace, did in self._traces.items()
+        )
 
 
 class _Trace(typing.NamedTuple):

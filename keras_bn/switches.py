@@ -103,6 +103,12 @@ class SwitchedLayer(keras.layers.Layer):
             lambda training: mode_of(self, training),
         )
 
+    def is_outdated_in_functions(self):
+        """Whether a function in use does what the layer was set to before."""
+        return self._compiled_functions.is_outdated(
+            lambda training: mode_of(self, training)
+        )
+
     def mark_gamma_and_beta(self):
         """Makes the weights trainable or not, without changing their order."""
         for weight in (self.gamma, self.beta):

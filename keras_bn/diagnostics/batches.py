@@ -6,6 +6,7 @@ import math
 import keras
 import numpy as np
 from keras.src.trainers.data_adapters import get_data_adapter
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
 # Samples of arrays that are one batch, as in the article's training.
 BATCH_SIZE = 128
@@ -23,6 +24,10 @@ class Batches:
             bring their own.
         steps: Int, how many batches are read; None: all of them.
         batch_size: Int, samples in a batch; only for arrays.
+        shuffled: Whether arrays are read in another order, always the same:
+            a batch of samples that were sorted has statistics of its own.
+        at_least: Int: as many batches are joined as have so many samples,
+            where they are of one shape.
 
     Attributes:
         number: How many batches there are, or None where nobody knows.
@@ -33,7 +38,15 @@ class Batches:
             before `steps`, or a value is not finite.
     """
 
-    def __init__(self, data, labels=None, steps=None, batch_size=BATCH_SIZE):
+    def __init__(
+        self,
+        data,
+        labels=None,
+        steps=None,
+        batch_size=BATCH_SIZE,
+        shuffled=False,
+        at_least=1,
+    ):
         if steps is not None and (int(steps) != steps or steps < 1):
             raise ValueError(
                 "`steps` must be an integer of at least 1, or None. "
@@ -42,8 +55,13 @@ class Batches:
         _check_arrays(data, labels)
         self._steps = steps
         self._is_read = False
+        self._at_least = at_least
         try:
             self._adapter = get_data_adapter(data, labels, None, batch_size)
+            if shuffled and isinstance(self._adapter, ArrayDataAdapter):
+                self._adapter = get_data_adapter(
+                    _Shuffled(data, labels, batch_size)
+                )
         except ValueError as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
@@ -62,6 +80,19 @@ class Batches:
         self.can_be_read_again = not hasattr(data, "send")
 
     def __iter__(self):
+        waiting = []
+        for batch in self._read():
+            if waiting and _shapes(batch) != _shapes(waiting[0]):
+                yield _joined(waiting)
+                waiting = []
+            waiting.append(batch)
+            if sum(map(_samples, waiting)) >= self._at_least:
+                yield _joined(waiting)
+                waiting = []
+        if waiting:
+            yield _joined(waiting)
+
+    def _read(self):
         if self._is_read and not self.can_be_read_again:
             raise ValueError(
                 "A generator can be read once, and more passes are needed. "
@@ -82,6 +113,49 @@ class Batches:
                 "`data` ended early. "
                 f"Received: {read} batches, steps={self._steps}."
             )
+
+
+def _samples(batch):
+    return len(keras.tree.flatten(batch[0])[0])
+
+
+def _shapes(batch):
+    return [x.shape[1:] for x in keras.tree.flatten(batch) if x is not None]
+
+
+def _joined(batches):
+    if len(batches) == 1:
+        return batches[0]
+    return keras.tree.map_structure(
+        lambda *parts: None if parts[0] is None else np.concatenate(parts),
+        *batches,
+    )
+
+
+class _Shuffled(keras.utils.PyDataset):
+    """Batches of samples of arrays, in a random order that is always the same.
+
+    It is drawn from a generator of its own.
+    """
+
+    def __init__(self, data, labels, batch_size):
+        super().__init__()
+        self._arrays = data if labels is None else (data, labels)
+        self._packs = labels is None
+        self._arrays = keras.tree.map_structure(np.asarray, self._arrays)
+        self._batch_size = batch_size
+        samples = len(keras.tree.flatten(self._arrays)[0])
+        self._order = np.random.default_rng(0).permutation(samples)
+
+    def __len__(self):
+        return math.ceil(len(self._order) / self._batch_size)
+
+    def __getitem__(self, i):
+        start = i * self._batch_size
+        # In order within the batch, which is how memory is read fastest.
+        rows = np.sort(self._order[start : start + self._batch_size])
+        batch = keras.tree.map_structure(lambda x: x[rows], self._arrays)
+        return (batch,) if self._packs else batch
 
 
 def _check_arrays(data, labels):

@@ -1,5 +1,7 @@
 """A function of a model, compiled as its framework does it."""
 
+import functools
+
 import keras
 from keras import ops
 
@@ -13,8 +15,13 @@ def compiled(model, function):
 
     Returns:
         Function of arrays. On TensorFlow a `tf.function`, on JAX a `jax.jit`
-        of the variables, on PyTorch `function` without gradients.
+        of the variables, on PyTorch `function` without gradients. Whatever it
+        assigns to variables or adds to losses is dropped.
     """
+
+    def stateless(*structures):
+        with keras.StatelessScope():
+            return function(*structures)
 
     def of_arrays(*structures):
         return run(
@@ -25,7 +32,9 @@ def compiled(model, function):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        run = tf.function(function, reduce_retracing=True)
+        # TensorFlow warns of many traces, and counts together what has one
+        # code; a partial has none.
+        run = tf.function(functools.partial(stateless), reduce_retracing=True)
     elif backend == "jax":
         import jax
 
@@ -40,5 +49,5 @@ def compiled(model, function):
     else:
         import torch
 
-        run = torch.no_grad()(function)
+        run = torch.no_grad()(stateless)
     return of_arrays

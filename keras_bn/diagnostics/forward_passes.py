@@ -13,6 +13,7 @@ import math
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend import compute_output_spec
 
 from keras_bn import kernels
 from keras_bn.channel_axes import split_channel_axes
@@ -80,7 +81,7 @@ class ForwardPass:
     def _look(self, model, inputs, shifts):
         called, moments = [], []
 
-        def call(layer, inputs, mask=None):
+        def call(layer, inputs, mask, training):
             number = self._layers.index(layer)
             outputs, *of_call = _normalized(
                 layer, inputs, mask, shifts[number], layer in self._with_batch
@@ -93,6 +94,34 @@ class ForwardPass:
             outputs = model(inputs, training=False)
         self._called = called
         return outputs, moments
+
+
+def called_for_training(model, layers, inputs):
+    """Set of those layers that a training call of the model calls for it.
+
+    The others were built into it with `training=False`. Nothing is computed.
+
+    Args:
+        model: `keras.Model` or layer, built.
+        layers: List of batch-normalization layers in it.
+        inputs: Structure of arrays.
+    """
+    called = set()
+
+    def call(layer, inputs, mask, training):
+        if training:
+            called.add(layer)
+        return ops.cast(inputs, layer.compute_dtype)
+
+    inputs = keras.tree.map_structure(
+        lambda x: keras.KerasTensor(
+            x.shape, keras.backend.standardize_dtype(x.dtype)
+        ),
+        inputs,
+    )
+    with _calls_replaced(layers, call):
+        compute_output_spec(lambda x: model(x, training=True), inputs)
+    return called
 
 
 def _normalized(layer, inputs, mask, shift, with_batch):
@@ -127,7 +156,7 @@ def _normalized(layer, inputs, mask, shift, with_batch):
 
 @contextlib.contextmanager
 def _calls_replaced(layers, call):
-    """Calls of `layers` are those of `call(layer, inputs, mask)` meanwhile.
+    """Calls of `layers` are those of `call(layer, inputs, mask, training)`.
 
     Set on the classes, so that a subclass that goes on to their `call` is
     looked into as well.
@@ -136,7 +165,7 @@ def _calls_replaced(layers, call):
     def replaced(own):
         def call_of_class(layer, inputs, training=None, mask=None):
             if any(layer is one for one in layers):
-                return call(layer, inputs, mask)
+                return call(layer, inputs, mask, training)
             return own(layer, inputs, training=training, mask=mask)
 
         return call_of_class

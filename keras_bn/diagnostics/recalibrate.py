@@ -1,6 +1,7 @@
 """Moving statistics computed anew, for the weights as they are."""
 
 import dataclasses
+import weakref
 
 import keras
 import numpy as np
@@ -16,6 +17,9 @@ from keras_bn.diagnostics.scores import Comparison
 from keras_bn.diagnostics.text_table import text_table
 from keras_bn.diagnostics.thresholds import SCORE_LOST
 from keras_bn.model_layers import built_batch_normalizations
+
+# From a layer to the variance that it was given here.
+_given = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +193,15 @@ def set_statistics(layer, moments):
             old = ops.convert_to_numpy(variable)
             new = np.where(moments.count > 0, value, old.reshape(-1))
             variable.assign(new.reshape(old.shape).astype(old.dtype))
+    _given[layer] = ops.convert_to_numpy(layer.moving_variance)
+
+
+def was_recalibrated(layer):
+    """Whether the layer still has what it was given in this process."""
+    given = _given.get(layer)
+    return given is not None and np.array_equal(
+        given, ops.convert_to_numpy(layer.moving_variance)
+    )
 
 
 class _Passes:
@@ -270,7 +283,7 @@ def _what_changed(layer, moments, before):
 
 
 def _refuse_where_inference_is_better(comparison):
-    if comparison.lost_with_batch() <= SCORE_LOST:
+    if comparison.better(by=SCORE_LOST) != "in_inference":
         return
     raise ValueError(
         "The weights were trained for the moving statistics that they have: "

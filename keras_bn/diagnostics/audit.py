@@ -1,0 +1,112 @@
+"""Whether the batch normalization of a model is right, and if not, why."""
+
+import dataclasses
+
+from keras_bn.diagnostics import data_checks
+from keras_bn.diagnostics import thresholds
+from keras_bn.diagnostics import weight_checks
+from keras_bn.diagnostics.audit_report import AuditReport
+from keras_bn.diagnostics.batches import BATCH_SIZE
+from keras_bn.diagnostics.batches import Batches
+from keras_bn.diagnostics.initial_values import was_trained
+from keras_bn.model_layers import built_batch_normalizations
+
+
+def audit(
+    model,
+    data=None,
+    labels=None,
+    steps=None,
+    batch_size=BATCH_SIZE,
+    verbose=1,
+):
+    """Finds batch normalization whose statistics are wrong, and says why.
+
+    Such a model trains well and fails in inference. Without data the weights
+    are looked at. With data the verdict rests on the effect: what the model
+    puts out in inference is compared with what it does with the statistics of
+    each batch, with labels by accuracy (where the outputs are not classes, by
+    the loss that the model was compiled with); what the weights alone make
+    likely, as too few steps for the momentum, is then a finding only if there
+    is an effect. Labels also tell which remedy is right. Where the batch's
+    statistics do better, the moving ones are stale, and
+    `keras_bn.recalibrate` mends them; where inference does better, the weights
+    were trained in inference mode, and new statistics would destroy the model.
+
+    Nothing changes: neither weights, seeds and optimizer, nor what the model
+    has compiled.
+
+    Args:
+        model: `keras.Model` or layer, built; its batch normalization, of ours
+            or built into Keras, is found at any depth.
+        data: None, or data as the model was trained on or will be used on, in
+            any form that `keras_bn.recalibrate` takes; a few thousand samples
+            will do. It is read once, arrays in another order; batches of fewer
+            than 32 samples are joined. Batches that are sorted by class tell
+            little.
+        labels: Array of labels, one for each sample of arrays; other data
+            brings its own.
+        steps: Int, how many batches to read; None: all.
+        batch_size: Int, samples in a batch of arrays.
+        verbose: 1 for a progress bar while data is read, 0 for none.
+
+    Returns:
+        `AuditReport`; its `status` is "not trained" where neither gamma, beta
+        nor the optimizer ever moved, which accuses no layer.
+
+    Raises:
+        ValueError: The model has no batch normalization or is not built; the
+            data is empty, ends before `steps`, has values that are not finite
+            or a shape that the model does not take; labels are given that
+            are not as many as samples, or that cannot be scored.
+    """
+    layers = built_batch_normalizations("audit", model)
+    if data is None and labels is not None:
+        raise ValueError(
+            "Labels belong to data. Received: data=None, labels of type "
+            f"{type(labels).__name__}. Give `data` as well."
+        )
+    on_data = None
+    if data is not None:
+        batches = Batches(
+            data,
+            labels,
+            steps,
+            batch_size,
+            shuffled=True,
+            at_least=thresholds.SAMPLES,
+        )
+        on_data = data_checks.look_at(
+            model, layers, batches, labels is not None, verbose
+        )
+    findings = []
+    trained = was_trained(model, layers)
+    if trained:
+        findings = _findings(model, layers, on_data)
+    status = "findings" if findings else "healthy"
+    return AuditReport(
+        status if trained else "not trained",
+        findings,
+        on_data.layers if on_data else [],
+        on_data.output_gap if on_data else None,
+        on_data.scores if on_data else None,
+        on_data.samples if on_data else 0,
+    )
+
+
+def _findings(model, layers, on_data):
+    certain = weight_checks.certain(model, layers)
+    likely = weight_checks.likely(model, layers)
+    if on_data is None:
+        return certain + likely
+    # What asked for labelled data has it now.
+    cause, remedy = data_checks.cause_and_remedy(on_data)
+    certain = [
+        dataclasses.replace(one, cause=cause, remedy=remedy)
+        if one.remedy == weight_checks.ASK
+        else one
+        for one in certain
+    ]
+    if on_data.better is None:
+        return certain
+    return data_checks.findings_of(on_data) + certain + likely
