@@ -11,6 +11,7 @@ cannot be told, in one line.
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import zipfile
@@ -191,10 +192,15 @@ def _load(path):
         return keras.saving.load_model(path)
     except Exception as error:
         # Keras raises many kinds, whatever is wrong with a file.
+        unknown = re.search("Could not locate class '([^']+)'", str(error))
+        if unknown:
+            raise CommandError(
+                f"the model has a layer of your own. Received: {path} with "
+                f"{unknown[1]}. Import it in Python, load the model and call "
+                "keras_bn.audit or keras_bn.recalibrate"
+            ) from error
         raise CommandError(
-            f"Keras {keras.__version__} cannot load {path}: "
-            f"{_one_line(error)}. A model with layers of your own is for "
-            "keras_bn.audit and keras_bn.recalibrate in Python"
+            f"Keras {keras.__version__} cannot load {path}: {_one_line(error)}"
         ) from error
 
 
@@ -232,4 +238,8 @@ def _umask():
 
 
 def _one_line(error):
-    return " ".join(str(error).split())[:500].rstrip(".")
+    text = str(error)
+    if "in user code:" in text:
+        # TensorFlow's traceback through a graph; the error is its last part.
+        text = re.split(r"\n\s*\w*Error: ", text)[-1]
+    return " ".join(text.split())[:500].rstrip(".")

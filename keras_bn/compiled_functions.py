@@ -111,7 +111,7 @@ def _warn_if_optimizer_is_older(model):
             f"{len(model.trainable_variables)}, since `trainable` or "
             "`train_gamma_and_beta` was set after they met; call "
             "`model.compile(...)` again.",
-            stacklevel=_stacklevel_of_user(),
+            stacklevel=stacklevel_of_user(),
         )
 
 

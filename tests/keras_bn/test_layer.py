@@ -98,11 +98,15 @@ def _same_step(keras_layer, ours, inputs, gradient, **kwargs):
 def test_public_names():
     assert keras_bn.__all__ == [
         "BatchNormalization",
+        "RecalibrateStatistics",
+        "StatisticsMonitor",
+        "audit",
         "freeze",
         "recalibrate",
         "renorm_schedule",
         "reset_statistics",
         "thaw",
+        "watch_statistics",
     ]
     assert not issubclass(OURS, KERAS)
     assert issubclass(OURS, keras.layers.Layer)

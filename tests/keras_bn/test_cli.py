@@ -1,0 +1,209 @@
+"""The `keras-bn` command, on files as a user has them."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+
+import keras_bn
+from keras_bn import cli
+
+RNG = np.random.default_rng(0)
+CLASSES = np.arange(64) % 2
+IMAGES = RNG.normal(50.0, 20.0, (64, 6, 6, 3)).astype("float32")
+IMAGES[CLASSES == 1] += 60.0
+
+
+def _model(moves=True):
+    """Trained, with statistics of the data, or those of a new layer."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 3)),
+            keras_bn.BatchNormalization(momentum=0.0),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.05), loss)
+    model.fit(IMAGES, CLASSES, batch_size=64, epochs=10, verbose=0)
+    if not moves:
+        keras_bn.reset_statistics(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    _model().save(folder / "healthy.keras")
+    _model(moves=False).save(folder / "stale.keras")
+    keras.Sequential([keras.Input((6, 6, 3)), keras.layers.Flatten()]).save(
+        folder / "plain.keras"
+    )
+    np.savez(folder / "data.npz", x=IMAGES, y=CLASSES)
+    np.savez(folder / "unlabelled.npz", x=IMAGES)
+    np.savez(folder / "others.npz", a=IMAGES)
+    np.savez(folder / "empty.npz", x=IMAGES[:0], y=CLASSES[:0])
+    broken = np.where(IMAGES == IMAGES[9, 0, 0, 0], np.nan, IMAGES)
+    np.savez(folder / "nan.npz", x=broken, y=CLASSES)
+    np.savez(folder / "wide.npz", x=np.zeros((4, 6, 6, 5)), y=CLASSES[:4])
+    np.save(folder / "labels.npy", CLASSES)
+    np.save(folder / "few.npy", CLASSES[:-1])
+    whole = (folder / "healthy.keras").read_bytes()
+    (folder / "cut.keras").write_bytes(whole[: len(whole) // 2])
+    with zipfile.ZipFile(folder / "other.keras", "w") as file:
+        file.writestr("config.json", "{}")
+    (folder / "model.h5").write_bytes(b"")
+    (folder / "none").mkdir()
+    for number in range(2):
+        (folder / "images" / str(number)).mkdir(parents=True)
+        for i in np.flatnonzero(CLASSES == number)[:8]:
+            image = np.clip(IMAGES[i], 0, 255).astype("uint8")
+            path = folder / "images" / str(number) / f"{i}.png"
+            keras.utils.save_img(path, image, scale=False)
+    return folder
+
+
+def _run(files, capsys, *arguments):
+    """The exit code, and what was printed."""
+    here = os.getcwd()
+    os.chdir(files)
+    try:
+        code = cli.main(list(arguments))
+    finally:
+        os.chdir(here)
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "arguments, status",
+    [
+        (["healthy.keras"], "healthy"),
+        (["healthy.keras", "--data", "data.npz"], "healthy"),
+        (["healthy.keras", "--data", "images"], "healthy"),
+        (["stale.keras"], "findings"),
+        (["stale.keras", "--data", "data.npz"], "findings"),
+        (
+            ["stale.keras", "--data", "unlabelled.npz", "--labels=labels.npy"],
+            "findings",
+        ),
+        (["stale.keras", "--data", "images", "--batch_size=16"], "findings"),
+    ],
+)
+def test_audit(arguments, status, files, capsys):
+    code, table, _ = _run(files, capsys, "audit", *arguments)
+    assert code == (0 if status == "healthy" else 1)
+    assert table.startswith(f"Batch normalization: {status}.")
+    code, document, _ = _run(files, capsys, "audit", *arguments, "--json")
+    assert json.loads(document)["status"] == status
+    if status == "findings" and "--data" in arguments:
+        assert "keras_bn.recalibrate(model, data)" in table
+
+
+def test_recalibrate(files, capsys, tmp_path):
+    output = tmp_path / "mended.keras"
+    code, printed, _ = _run(
+        files,
+        capsys,
+        *("recalibrate", "stale.keras", "--data", "data.npz"),
+        *("--output", str(output), "--json"),
+    )
+    assert code == 0
+    assert json.loads(printed)[0]["positions"] == 64 * 36
+    model = keras.saving.load_model(output)
+    mean = IMAGES.astype("float64").mean((0, 1, 2))
+    np.testing.assert_allclose(model.layers[0].moving_mean.numpy(), mean, 1e-5)
+    assert _run(files, capsys, "audit", str(output))[0] == 0
+    assert os.listdir(tmp_path) == ["mended.keras"]
+
+
+def test_recalibrate_refuses_what_labels_refute(files, capsys, tmp_path):
+    """A model that is right with its statistics, and wrong with others."""
+    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
+    model.save(tmp_path / "inference.keras")
+    values = (RNG.normal(size=(64, 2)) + [9.0, 0.0]).astype("float32")
+    np.savez(tmp_path / "data.npz", x=values, y=np.zeros(64, int))
+    arguments = ["recalibrate", "inference.keras", "--data", "data.npz"]
+    arguments += ["--output", "out.keras"]
+    code, _, error = _run(tmp_path, capsys, *arguments)
+    assert code == 2 and "force=True" in error
+    assert not (tmp_path / "out.keras").exists()
+    assert _run(tmp_path, capsys, *arguments, "--force")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["missing.keras"], "no such file"),
+        (["model.h5"], "must be a .keras file"),
+        (["cut.keras"], "damaged"),
+        (["other.keras"], "cannot load other.keras"),
+        (["plain.keras"], "found no batch normalization"),
+        (["healthy.keras", "--labels", "labels.npy"], "Give --data as well"),
+        (["healthy.keras", "--data", "missing.npz"], "no such file"),
+        (["healthy.keras", "--data", "others.npz"], "Received: arrays ['a']"),
+        (["healthy.keras", "--data", "empty.npz"], "`data` is empty"),
+        (["healthy.keras", "--data", "nan.npz"], "not finite"),
+        (["healthy.keras", "--data", "wide.npz"], "expected axis"),
+        (["healthy.keras", "--data", "none"], "holds no images"),
+        (["healthy.keras", "--data", "./missing"], "no such folder"),
+        (["healthy.keras", "--data", "no_such_dataset"], "--data=no_such_data"),
+        (
+            ["healthy.keras", "--data", "unlabelled.npz", "--labels=few.npy"],
+            "63 labels for 64 samples",
+        ),
+        (
+            ["healthy.keras", "--data", "data.npz", "--labels", "none"],
+            "the labels cannot be read",
+        ),
+        (["healthy.keras", "--data", "images", "--labels", "x"], "Leave it out"),
+        (["healthy.keras", "--data", "data.npz", "--steps=9"], "ended early"),
+        (["healthy.keras", "--data", "data.npz", "--steps=0"], "--steps=0"),
+        (["healthy.keras", "--batch_size=0"], "--batch_size=0"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input(arguments, said, files, capsys):
+    code, printed, error = _run(files, capsys, "audit", *arguments)
+    assert code == 2 and not printed
+    assert error.startswith("keras-bn: error: ") and said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("output", ["out.h5", "missing/out.keras"])
+def test_outputs_that_cannot_be(output, files, capsys):
+    arguments = ["recalibrate", "stale.keras", "--data", "data.npz"]
+    code, _, error = _run(files, capsys, *arguments, "--output", output)
+    assert code == 2 and f"--output={output}" in error
+
+
+def test_custom_objects_that_are_missing(tmp_path, capsys):
+    program = f"""
+import keras
+
+class Mine(keras.layers.Layer):
+    def call(self, inputs):
+        return inputs
+
+layers = [keras.Input((3,)), Mine(), keras.layers.BatchNormalization()]
+keras.Sequential(layers).save({str(tmp_path / "mine.keras")!r})
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    code, _, error = _run(tmp_path, capsys, "audit", "mine.keras")
+    assert code == 2
+    assert "mine.keras with Mine" in error
+    assert error.count("\n") == 1
+
+
+def test_usage(capsys):
+    for arguments in ([], ["mend"], ["recalibrate", "a.keras"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        assert end.value.code == 2
+    assert "usage: keras-bn" in capsys.readouterr().err
