@@ -125,7 +125,8 @@ def test_recalibrate(files, capsys, tmp_path):
 
 def test_recalibrate_refuses_what_labels_refute(files, capsys, tmp_path):
     """A model that is right with its statistics, and wrong with others."""
-    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
+    layers = [keras.Input((2,)), keras_bn.BatchNormalization()]
+    model = keras.Sequential(layers)
     model.save(tmp_path / "inference.keras")
     values = (RNG.normal(size=(64, 2)) + [9.0, 0.0]).astype("float32")
     np.savez(tmp_path / "data.npz", x=values, y=np.zeros(64, int))
