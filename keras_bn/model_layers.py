@@ -42,7 +42,8 @@ def built_batch_normalizations(caller, model):
     """The same where the layers have to be built.
 
     Raises:
-        ValueError: as above; or a layer has no weights yet.
+        ValueError: as above; or a layer has no weights yet, or the model was
+            not built.
     """
     layers = batch_normalizations(caller, model)
     for layer in layers:
@@ -52,4 +53,9 @@ def built_batch_normalizations(caller, model):
                 f"{layer.name!r} without weights. Call the model on a batch "
                 "first, or `model.build(input_shape)`."
             )
+    if not model.built:
+        raise ValueError(
+            f"`{caller}` needs a model that is built. Received: "
+            f"model={model!r}. Call the model on a batch first."
+        )
     return layers

@@ -33,8 +33,13 @@ def compiled(model, function):
         import tensorflow as tf
 
         # TensorFlow warns of many traces, and counts together what has one
-        # code; a partial has none.
-        run = tf.function(functools.partial(stateless), reduce_retracing=True)
+        # code; a partial has none. Keras's own functions go without autograph
+        # too, which takes longer than tracing.
+        run = tf.function(
+            functools.partial(stateless),
+            reduce_retracing=True,
+            autograph=False,
+        )
     elif backend == "jax":
         import jax
 

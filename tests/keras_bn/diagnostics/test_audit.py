@@ -282,7 +282,8 @@ def test_a_loss_where_there_are_no_classes():
     values, labels = digits.unseen()
     target = (labels[:, np.newaxis] > 4).astype("float32")
     model = digits.trained()
-    model = keras.Sequential([*model.layers, keras.layers.Dense(1)])
+    layers = [*model.layers, keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
     with pytest.raises(ValueError, match="Compile the model with one loss"):
         _audited(model, values, target)
     model.compile(loss=keras.losses.MeanSquaredError())
@@ -292,7 +293,7 @@ def test_a_loss_where_there_are_no_classes():
     right = np.mean(np.square(outputs - target))
     assert report.scores.in_inference == pytest.approx(right, rel=1e-5)
     # Labels that came with the data and cannot be scored are left out.
-    model = keras.Sequential(model.layers)
+    model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
     pairs = ((values[:64], {"a": target[:64]}) for _ in range(2))
     assert _audited(model, pairs).scores is None
 
@@ -332,6 +333,10 @@ def test_outputs_that_are_not_finite():
         ({"model": keras.layers.Dense(1)}, "found no batch"),
         ({"model": 3}, "Received: model of type int"),
         ({"model": keras.Sequential([OURS()])}, "needs a model that is built"),
+        (
+            {"model": keras.Sequential(digits.cnn().layers)},
+            "needs a model that is built",
+        ),
         ({"data": None, "labels": np.zeros(3)}, "Give `data` as well"),
         ({"data": np.zeros((0, 8, 8, 1))}, "`data` is empty"),
         ({"data": 3}, "data of type int"),
