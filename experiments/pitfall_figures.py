@@ -54,11 +54,16 @@ def draw_headline(curve: Sequence[dict], note: str, folder: Path) -> list[Path]:
                 label=words,
             )
         axes.set_xlim(0, 1.02 * steps[-1])
+        axes.xaxis.set_major_locator(
+            matplotlib.ticker.MaxNLocator(6, integer=True)
+        )
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel("training steps")
         axes.set_ylabel("test accuracy")
         axes.set_title(f"The same weights, condition 9, {note}", fontsize=9)
-        axes.legend(frameon=False, loc="lower right")
+        figure.legend(
+            loc="outside lower left", ncols=2, frameon=False, handlelength=3
+        )
         return _save(figure, folder / "headline")
 
 

@@ -126,7 +126,7 @@ def run(
     task = progress.add_task("starting", total=_steps(arms, settings))
     trained = [arm for arm in arms if _is_trained(arm, output)]
     progress.advance(task, _steps(trained, settings))
-    words = "starting"
+    words = "before the first arm"
 
     def on_answer(answer: dict) -> None:
         nonlocal words
@@ -150,7 +150,7 @@ def run(
                 _ask(framework, group, settings, folder, output, on_answer)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{words}: stopped; the same command goes on with this arm"
+            f"stopped ({words}); the same command goes on with this arm"
         ) from None
     return [done[arm.name] for form in forms for arm in form.arms]
 
@@ -220,7 +220,7 @@ def table(lines: list[dict]) -> Table:
     printed.add_column("test accuracy", justify="right")
     printed.add_column("recalibrated", justify="right")
     printed.add_column("audit, no data")
-    printed.add_column("audit, data and labels")
+    printed.add_column("audit, data and labels: remedy")
     for line in lines:
         recalibrated = f"{line['test_accuracy_recalibrated']:.3f}"
         if line["refusal"]:
@@ -230,15 +230,15 @@ def table(lines: list[dict]) -> Table:
             ("" if line["right"] else "WRONG: ") + line["title"],
             f"{line['test_accuracy']:.3f}",
             recalibrated,
-            line["audit"]["without_data"]["status"],
-            _with_remedies(line["audit"]["with_data"]),
+            _words(line["audit"]["without_data"], "what"),
+            _words(line["audit"]["with_data"], "remedy"),
         )
     return printed
 
 
-def _with_remedies(report):
-    remedies = [finding["remedy"] for finding in report["findings"]]
-    return "; ".join([report["status"], *dict.fromkeys(remedies)])
+def _words(report, name):
+    words = [finding[name] for finding in report["findings"]]
+    return "; ".join(dict.fromkeys(words)) or report["status"]
 
 
 def _read_lines(path: Path, names: set[str]) -> list[dict]:
