@@ -138,9 +138,7 @@ class Arms:
         }
 
     def _steps(self, arm):
-        return pitfall_arms.training_steps(
-            arm.trained_as, self._settings.steps
-        )
+        return pitfall_arms.training_steps(arm.trained_as, self._settings.steps)
 
     def _move(self, arm, path):
         from experiments import train

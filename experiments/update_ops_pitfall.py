@@ -44,6 +44,7 @@ from experiments import launch
 from experiments import pitfall_arms
 from experiments import pitfall_child
 from experiments import pitfall_figures
+from experiments import raise_if_interrupted
 from experiments import require_backend
 from experiments import result_files
 from experiments import run_settings
@@ -130,6 +131,7 @@ def run(
 
     def on_answer(answer: dict) -> None:
         nonlocal words
+        raise_if_interrupted()
         progress.advance(task, answer.get("step", 0))
         if "arm" in answer:
             arm = pitfall_arms.ARMS[answer["arm"]]
