@@ -21,7 +21,8 @@ The folder OUTPUT has
     models/              the trained networks; an arm's is there once it is
                          trained, and is not trained again
 
-The JSON depends on run.json, and on the versions in a line, alone.
+No time or date is in the JSON. After an interruption the same command goes on
+with the arm that was cut short.
 """
 
 import dataclasses
