@@ -14,7 +14,6 @@ Last, a training step of the article's network shows what batch normalization
 adds to a whole model.
 """
 
-import contextlib
 import datetime
 import itertools
 import json
@@ -22,9 +21,7 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
@@ -37,6 +34,7 @@ from rich.progress import Progress
 
 from experiments import ExperimentError
 from experiments import atomic
+from experiments import child_process
 from experiments import launch
 from experiments.benchmark_candidates import OPERATIONS
 from experiments.benchmark_candidates import PEERS
@@ -196,39 +194,23 @@ def measure(
     Raises:
         ExperimentError: the process failed; the last line it wrote says how.
     """
-    environment = os.environ | CHILD_ENVIRONMENT | {"KERAS_BACKEND": backend}
-    with tempfile.TemporaryFile("w+") as stderr:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "experiments.benchmark_child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=environment,
-            cwd=Path(__file__).parents[1],
+    result = None
+
+    def on_answer(answer: dict) -> None:
+        nonlocal result
+        if "progress" in answer:
+            on_progress(f"{backend} {answer['progress']}")
+        result = answer.get("result")
+
+    try:
+        child_process.ask(
+            "experiments.benchmark_child",
+            request | {"backend": backend},
+            CHILD_ENVIRONMENT | {"KERAS_BACKEND": backend},
+            on_answer,
         )
-        try:
-            # A child that died at once is told of below, by its last line.
-            with contextlib.suppress(BrokenPipeError), child.stdin:
-                child.stdin.write(json.dumps(request | {"backend": backend}))
-            result = None
-            for line in child.stdout:
-                answer = json.loads(line)
-                if "progress" in answer:
-                    on_progress(f"{backend} {answer['progress']}")
-                result = answer.get("result")
-            child.wait()
-        finally:
-            # An interruption must not leave it behind, measuring on.
-            child.kill()
-            child.wait()
-        if child.returncode or result is None:
-            stderr.seek(0)
-            lines = stderr.read().strip().splitlines() or ["no message"]
-            raise ExperimentError(
-                f"timing on {backend} failed (exit code "
-                f"{child.returncode}): {lines[-1]}"
-            )
+    except child_process.ChildError as error:
+        raise ExperimentError(f"timing on {backend} failed: {error}") from error
     return result
 
 

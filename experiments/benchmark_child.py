@@ -9,7 +9,6 @@ measurements and `{"result": ...}` at the end.
 import gc
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -20,6 +19,7 @@ import numpy as np
 
 from experiments import article
 from experiments import benchmark_candidates
+from experiments import child_process
 from experiments import models
 
 # A measurement repeats its call until it lasts about this long, so that the
@@ -194,13 +194,7 @@ def measure_training_step(repetitions: int) -> dict[str, dict]:
 
 def main() -> None:
     """Reads the request, measures, writes the result."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    # What a framework prints must not land among the answers.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def answer(**line) -> None:
-        print(json.dumps(line), file=answers, flush=True)
-
+    answer = child_process.answering()
     request = json.load(sys.stdin)
     if request["task"] == "training_step":
         answer(progress="training step")

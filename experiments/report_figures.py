@@ -22,14 +22,32 @@ _LEAST_SHARE_IN_VIEW = 0.9
 # Stand-ins that become CSS variables in the page, so that the figures follow
 # its light or dark scheme. As they stand they suit a white background, and
 # colour-blind readers: blue, vermilion and green after Okabe and Ito.
-_INK, _GRID = "#24292f", "#d4d9df"
-_SERIES = ("#0072b2", "#c1500a", "#00795a")
+INK, GRID = "#24292f", "#d4d9df"
+SERIES = ("#0072b2", "#c1500a", "#00795a")
 _DASHES = ("-", (0, (6, 2)), (0, (2, 1.3)))
 _VARIABLES = {
-    _INK: "var(--ink)",
-    _GRID: "var(--grid)",
-    **{c: f"var(--series-{n})" for n, c in enumerate(_SERIES, start=1)},
+    INK: "var(--ink)",
+    GRID: "var(--grid)",
+    **{c: f"var(--series-{n})" for n, c in enumerate(SERIES, start=1)},
 }
+
+
+def style(name: str) -> dict:
+    """Returns the settings of Matplotlib for a figure of a name.
+
+    The same figure is then the same SVG, and its text is text.
+    """
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
 
 
 def label(condition: article.Condition) -> str:
@@ -100,26 +118,15 @@ def draw(
     """
     looks = [
         (summary, summary.curve(), color, dashes)
-        for summary, color, dashes in zip(summaries, _SERIES, _DASHES)
+        for summary, color, dashes in zip(summaries, SERIES, _DASHES)
         if summary is not None
     ]
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style(name)):
         figure = Figure(figsize=(4.8, 3.9), layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
         axes.patch.set_visible(False)
-        axes.grid(color=_GRID, linewidth=0.6)
+        axes.grid(color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         article_in_view = False
@@ -158,7 +165,7 @@ def draw(
             axes.plot(
                 [],
                 [],
-                color=_INK,
+                color=INK,
                 alpha=0.6,
                 linewidth=0.8 if curves else 0,
                 marker=None if curves else "D",

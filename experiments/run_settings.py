@@ -130,6 +130,12 @@ def define_flags() -> None:
         models.LAYERS,
         "Whose BatchNormalization to train with.",
     )
+    define_data_flags()
+    flags.DEFINE_string("output", "results", "Folder of all results.")
+
+
+def define_data_flags() -> None:
+    """Defines the flags that say what to train on; adopted likewise."""
     flags.DEFINE_enum(
         "dataset",
         "auto",
@@ -142,7 +148,6 @@ def define_flags() -> None:
         "TensorFlow Datasets' folder (default: TFDS_DATA_DIR, or else "
         "~/tensorflow_datasets).",
     )
-    flags.DEFINE_string("output", "results", "Folder of all results.")
 
 
 def given() -> dict:

@@ -144,7 +144,7 @@ def build(settings: Settings) -> keras.Model:
     """Returns the compiled model of a run, at its initial weights."""
     import keras
 
-    model = _network(settings)
+    model = network(settings)
     model.compile(
         optimizer=make_optimizer(settings),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -153,7 +153,8 @@ def build(settings: Settings) -> keras.Model:
     return model
 
 
-def _network(settings):
+def network(settings: Settings) -> keras.Model:
+    """Returns the network of a run, not compiled, at its initial weights."""
     return models.build(
         article.condition(settings.condition),
         layer=settings.layer,
@@ -268,9 +269,9 @@ def _train(settings, dataset, folder, on_steps, workers):
                 folder.record(metrics, timing, model)
             saved = step
         if folder:
-            network = _network(settings)
-            network.set_weights(model.get_weights())
-            folder.finish(network)
+            trained = network(settings)
+            trained.set_weights(model.get_weights())
+            folder.finish(trained)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{name}: stopped after step {step}; the same command goes on "
