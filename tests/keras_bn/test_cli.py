@@ -163,7 +163,7 @@ def test_recalibrate_refuses_what_labels_refute(files, capsys, tmp_path):
             ["healthy.keras", "--data", "data.npz", "--labels", "none"],
             "the labels cannot be read",
         ),
-        (["healthy.keras", "--data", "images", "--labels", "x"], "Leave it out"),
+        (["healthy.keras", "--data", "images", "--labels=x"], "Leave it out"),
         (["healthy.keras", "--data", "data.npz", "--steps=9"], "ended early"),
         (["healthy.keras", "--data", "data.npz", "--steps=0"], "--steps=0"),
         (["healthy.keras", "--batch_size=0"], "--batch_size=0"),
