@@ -174,20 +174,19 @@ def _distances(name, moving_mean, moving_variance, mean, variance, epsilon):
 def _moments_between(layer, before, now, steps):
     """What moving statistics took in, as `(mean, variance)`, or None."""
     average = moving_average(layer.momentum, getattr(layer, "debias", False))
-    batches, several = None, steps
+    seen, several = np.zeros(1), np.full(1, steps)
     if average.counts_batches:
-        batches = now["num_batches_tracked"]
-        several = batches - before["num_batches_tracked"]
+        seen = before["num_batches_tracked"]
         # A channel without a batch keeps its value: any weight will do.
-        batches, several = (
-            ops.convert_to_tensor(np.maximum(x, 1).astype("float32"))
-            for x in (batches, several)
-        )
+        several = np.maximum(now["num_batches_tracked"] - seen, 1)
     elif getattr(layer, "virtual_batch_size", None) is not None:
         return None
+    seen, several = (
+        ops.convert_to_tensor(np.asarray(x, "float32")) for x in (seen, several)
+    )
     kept, new = (
         np.asarray(ops.convert_to_numpy(weight), "float64")
-        for weight in average.weights(batches, several)
+        for weight in average.weights(several, 0.0 * several, several, seen)
     )
     if not np.all(new):
         return None
