@@ -32,8 +32,12 @@ SAMPLES = 32
 INITIAL_SHARE = 0.05
 
 # Of the channels of a layer.
-SHARE_BELOW_EPSILON = 0.75
+SHARE_WITHOUT_VARIANCE = 0.75
 SHARE_DEAD = 0.5
+
+# Of epsilon. Healthy layers have all their variances below epsilon itself; a
+# variance below this leaves of a channel less than 3% of its deviations.
+NO_VARIANCE = 1e-3
 
 # A channel whose |gamma| is below it is dead.
 DEAD_GAMMA = 1e-3

@@ -161,13 +161,14 @@ def _too_few_steps(layer, steps):
 
 
 def _below_epsilon(layer):
-    share = float(np.mean(_array(layer.moving_variance) < layer.epsilon))
-    if uses_statistics(layer) and share > thresholds.SHARE_BELOW_EPSILON:
+    least = thresholds.NO_VARIANCE * layer.epsilon
+    share = float(np.mean(_array(layer.moving_variance) <= least))
+    if uses_statistics(layer) and share > thresholds.SHARE_WITHOUT_VARIANCE:
         yield Finding(
             layer.name,
-            "share of channels with a variance below epsilon",
+            "share of channels with a variance far below epsilon",
             share,
-            thresholds.SHARE_BELOW_EPSILON,
+            thresholds.SHARE_WITHOUT_VARIANCE,
             "What the layer is given hardly varies: units before it are dead, "
             "or its scale is far below epsilon.",
             "keras_bn.BatchNormalization(epsilon=1e-5)  # and train again",

@@ -146,7 +146,7 @@ def test_frozen_on_purpose():
     assert report.output_gap > 0.7
 
 
-class _InInference(keras.Model):
+class InInference(keras.Model):
     """Freezes a model as one that is written by hand may."""
 
     def __init__(self, base):
@@ -161,7 +161,7 @@ def test_called_for_inference_within_the_model():
     values, labels = digits.unseen()
     base = _frozen_and_adapted()
     keras_bn.thaw(base)
-    model = _InInference(base)
+    model = InInference(base)
     model(values[:1])
     assert _audited(model, values, labels).ok
     assert not _audited(base, values, labels).ok

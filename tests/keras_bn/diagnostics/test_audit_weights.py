@@ -160,8 +160,8 @@ def test_statistics_that_are_not_used():
         ("moving_variance", np.nan, "moving_variance that is not finite"),
         ("gamma", np.inf, "gamma that is not finite"),
         ("moving_variance", -1.0, "moving_variance that is negative"),
-        ("moving_variance", 0.0, "variance below epsilon"),
-        ("moving_variance", 5e-4, "variance below epsilon"),
+        ("moving_variance", 0.0, "variance far below epsilon"),
+        ("moving_variance", 5e-7, "variance far below epsilon"),
         ("gamma", 1e-5, "gamma near 0"),
     ],
 )
