@@ -32,8 +32,6 @@ def main(arguments=None):
         arguments: List of str; None: those of the process.
     """
     options = _parser().parse_args(arguments)
-    # Before Keras is imported.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         return options.run(options)
     except KeyboardInterrupt:
