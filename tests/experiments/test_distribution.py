@@ -49,6 +49,7 @@ import functools
 import json
 import os
 import time
+from pathlib import Path
 
 import experiments
 from experiments import data
@@ -73,6 +74,11 @@ def count(steps):
     global to_do
     to_do -= steps
     if not to_do:
+        # Not before the other has this step too: it would fail in it.
+        here = Path(os.environ["WHERE_TO_MEET"])
+        (here / str(os.getpid())).touch()
+        while len(list(here.iterdir())) < 2:
+            time.sleep(0.01)
         raise KeyboardInterrupt
 
 def run_all(settings, dataset, output, workers):
@@ -238,6 +244,7 @@ def folders(tmp_path_factory):
             ({}, made["whole"]),
         ),
         STEPS_BEFORE_INTERRUPTION="3",
+        WHERE_TO_MEET=str(tmp_path_factory.mktemp("meeting")),
     )
     for process in two:
         _, errors = process.communicate(timeout=240)
