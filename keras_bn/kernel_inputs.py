@@ -1,5 +1,7 @@
 """From what a layer is called with to what the kernels take."""
 
+import math
+
 from keras import ops
 
 from keras_bn.channel_axes import merge_channel_axes
@@ -33,3 +35,23 @@ def as_kernels_see(inputs, mask, sizes):
         mask = full_rank_mask(mask, inputs.shape, axes)
         mask = merge_mask_axes(mask, inputs, axes)
     return inputs, *merge_channel_axes(inputs, axes), mask
+
+
+def counts_of_parts(shape, axis, size):
+    """How many positions each part of a batch has that is split by `size`.
+
+    Args:
+        shape: Of what the kernels see.
+        axis: Of the channels, not 0.
+        size: How many samples are a part; the last one may have fewer.
+
+    Returns:
+        A tuple of ints, a single 0 for an empty batch; None where the shape
+        is not known.
+    """
+    if not all(isinstance(n, int) for n in shape):
+        return None
+    batch, *others = shape
+    positions = math.prod(others) // max(shape[axis], 1)
+    starts = range(0, batch, size) or [0]
+    return tuple(min(size, batch - x) * positions for x in starts)

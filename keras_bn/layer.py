@@ -21,6 +21,7 @@ from keras_bn.config import config_of
 from keras_bn.dtypes import as_floats
 from keras_bn.dtypes import moments_dtype
 from keras_bn.kernel_inputs import as_kernels_see
+from keras_bn.kernel_inputs import counts_of_parts
 from keras_bn.moving_statistics import as_vector
 from keras_bn.moving_statistics import assign_where_counted
 from keras_bn.moving_statistics import moving_average
@@ -331,6 +332,11 @@ class BatchNormalization(SwitchedLayer):
                 size=self.virtual_batch_size,
                 mask=mask,
             )
+            if mask is None:
+                known = counts_of_parts(
+                    inputs.shape, axis, self.virtual_batch_size
+                )
+                moments[2] = known or moments[2]
         else:
             batch = {"axis": axis, "mask": mask}
             if self.synchronized:

@@ -13,6 +13,7 @@ to it, also where each normalizes with the moments of its own share.
 
 import math
 
+import numpy as np
 from keras import ops
 
 from keras_bn.dtypes import at_least
@@ -69,7 +70,7 @@ class ExponentialMovingAverage(_MovingAverage):
         Args:
             several: How many batches each row stands for, whose average it
                 is: `(rows, 1)` or `(rows, channels)`; 0 where it does not
-                count.
+                count. An int for a single row, where no batches are counted.
             later: How many follow each row, of that shape.
             total: The sum of `several`.
             batches: As for `updated`.
@@ -78,14 +79,19 @@ class ExponentialMovingAverage(_MovingAverage):
 
     def kept(self, batches):
         """`momentum ** batches`, what so many leave of the past."""
+        if isinstance(batches, int):
+            return self.momentum**batches
         return ops.power(ops.zeros_like(batches) + self.momentum, batches)
 
     def brought(self, batches):
         """`1 - momentum ** batches`."""
+        known = isinstance(batches, int)
         if self.momentum == 0.0:
-            return ops.cast(batches > 0, batches.dtype)
+            some = batches > 0
+            return float(some) if known else ops.cast(some, batches.dtype)
         # expm1 keeps the digits where the momentum is close to 1.
-        return -ops.expm1(batches * math.log(self.momentum))
+        exponent = batches * math.log(self.momentum)
+        return -(math if known else ops).expm1(exponent)
 
 
 class DebiasedMovingAverage(_MovingAverage):
@@ -167,8 +173,8 @@ def take_in(updates, count, batches=None, replicas=None, merged=False):
             moment that goes into it, `(channels,)`, or `(rows, channels)` for
             several batches.
         count: How many positions the moments were taken over: an int, or a
-            tensor of shape `()` or `(channels,)`; for several batches
-            `(rows, 1)` or `(rows, channels)`.
+            tensor of shape `()` or `(channels,)`; for several batches a tuple
+            of ints, or `(rows, 1)` or `(rows, channels)`.
         batches: Integer `keras.Variable`, how many batches each channel has
             seen; for averages that count them.
         replicas: None, or those that go on with the same statistics.
@@ -183,12 +189,22 @@ def take_in(updates, count, batches=None, replicas=None, merged=False):
     dtype = values[0].dtype
     pasts = [as_vector(variable, dtype) for variable in variables]
     seen = None if batches is None else as_vector(batches, dtype)
+    known = isinstance(count, tuple)
+    if known and not (seen is None and replicas is None):
+        count, known = ops.convert_to_tensor(_column(count), dtype), False
     if len(values[0].shape) == 1:
         more = 1
         news = [
             average.updated(past, value, seen)
             for average, past, value in zip(averages, pasts, values)
         ]
+    elif known:
+        weights = {a: _known_weights(a, count, dtype) for a in set(averages)}
+        news = []
+        for average, past, rows in zip(averages, pasts, values):
+            of_past, of_rows = weights[average]
+            news.append(past * of_past + ops.sum(rows * of_rows, 0))
+        count = sum(count)
     else:
         several = ops.cast(count > 0, dtype)
         if replicas is not None and merged:
@@ -224,6 +240,27 @@ def _in_turn(several):
     return several, total - so_far, total
 
 
+def _known_weights(average, counts, dtype):
+    """As `average.weights`, of rows of so many positions each.
+
+    Weights that need no tensors but one: for small batches these operations
+    cost more than normalizing does.
+    """
+    several = [int(count > 0) for count in counts]
+    total = sum(several)
+    later, of_rows = total, []
+    for number in several:
+        later -= number
+        of_past, of_row = average.weights(number, later, total, None)
+        of_rows.append(of_row)
+    return of_past, ops.convert_to_tensor(_column(of_rows), dtype)
+
+
+def _column(values):
+    # Not a list, through which Keras looks element by element.
+    return np.array([[value] for value in values], "float64")
+
+
 def _agreed(replicas, pasts, news, more, count):
     """The mean of what the replicas came to, weighted by their counts."""
     shape, dtype = ops.shape(pasts[0]), pasts[0].dtype
@@ -246,7 +283,11 @@ def unbiased(variance, count):
     """From the variance divided by N to the one divided by N - 1.
 
     A variance over one position stays 0, as in TensorFlow 1's fused layer.
+    `count` is as for `take_in`.
     """
+    if isinstance(count, tuple):
+        factors = _column(n / max(n - 1, 1) for n in count)
+        return variance * ops.convert_to_tensor(factors, variance.dtype)
     if isinstance(count, int):
         return variance * (count / max(count - 1, 1))
     return variance * (count / at_least(count - 1.0, 1.0))

@@ -106,6 +106,10 @@ def test_sizes_that_take_the_fast_kernels(far):
     check((24, 16, 16, 32), 16, far=far)
 
 
+def test_small_parts_with_a_large_mean():
+    check((96, 20), 32, far=1e4)
+
+
 def test_bfloat16():
     check((8, 16, 16, 8), 3, dtype="mixed_bfloat16")
 

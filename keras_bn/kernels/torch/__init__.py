@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from keras_bn.kernels.torch import masked
 from keras_bn.kernels.torch import native
 from keras_bn.kernels.torch import plain
+from keras_bn.kernels.torch import small_parts
 from keras_bn.kernels.torch.replicas import merge
 from keras_bn.kernels.torch.views import dense_order
 from keras_bn.kernels.torch.views import flatten
@@ -240,19 +241,19 @@ class _NormalizeParts(torch.autograd.Function):
         order = dense_order(inputs)
         x = flatten(inputs, axis, order)
         rows = size * (x.shape[0] // inputs.shape[0])
-        outputs = torch.empty_like(x)
-        moments = []
-        for part, into in zip(x.split(rows), outputs.split(rows)):
-            mean, variance, count, far = native.moments(part)
-            native.outputs(
-                part, gamma, beta, mean, variance, epsilon, far, into
+        stacked = small_parts.stacked(x, rows)
+        ctx.axis, ctx.epsilon, ctx.size = axis, epsilon, size
+        if stacked is not None:
+            outputs, means, variances = small_parts.normalize(
+                stacked, gamma, beta, epsilon
             )
-            moments.append((mean, variance, count, far))
-        means, variances, ctx.counts, ctx.far = zip(*moments)
-        means, variances = torch.stack(means), torch.stack(variances)
+            ctx.counts, ctx.far = [rows] * len(means), [False] * len(means)
+        else:
+            outputs, means, variances, ctx.counts, ctx.far = _each_part(
+                x, gamma, beta, epsilon, rows
+            )
         counts = torch.tensor(ctx.counts, dtype=means.dtype)[:, None]
         ctx.save_for_backward(inputs, gamma, means, variances)
-        ctx.axis, ctx.epsilon, ctx.size = axis, epsilon, size
         ctx.mark_non_differentiable(means, variances, counts)
         outputs = unflatten(outputs, inputs, order)
         return outputs, means, variances, counts
@@ -279,20 +280,45 @@ class _NormalizeParts(torch.autograd.Function):
             order = dense_order(inputs)
             x = flatten(inputs, axis, order)
             dy = flatten(output_gradient, axis, order)
-            dx = torch.empty_like(x)
             rows = ctx.size * (x.shape[0] // inputs.shape[0])
-            tensors = (t.split(rows) for t in (dy, x, dx))
-            of_vectors = [
-                native.gradients(y, x, gamma, *own, epsilon, far, into)[1:]
-                for y, x, into, *own, far in zip(*tensors, *moments, ctx.far)
-            ]
-            of_vectors = (torch.stack(v).sum(0) for v in zip(*of_vectors))
+            stacked = small_parts.stacked(x, rows)
+            if stacked is not None:
+                dx, *of_vectors = small_parts.gradients(
+                    dy.view_as(stacked),
+                    stacked,
+                    gamma,
+                    means,
+                    variances,
+                    epsilon,
+                )
+            else:
+                dx = torch.empty_like(x)
+                tensors = (t.split(rows) for t in (dy, x, dx))
+                of_vectors = [
+                    native.gradients(y, x, gamma, *own, epsilon, far, into)[1:]
+                    for y, x, into, *own, far in zip(
+                        *tensors, *moments, ctx.far
+                    )
+                ]
+                of_vectors = (torch.stack(v).sum(0) for v in zip(*of_vectors))
             gradients = unflatten(dx, inputs, order), *of_vectors
         gradients = [
             gradient if needed else None
             for gradient, needed in zip_longest(gradients, ctx.needs_input_grad)
         ]
         return tuple(gradients)
+
+
+def _each_part(x, gamma, beta, epsilon, rows):
+    """Outputs, means, variances, counts, and whether each part is far."""
+    outputs = torch.empty_like(x)
+    moments = []
+    for part, into in zip(x.split(rows), outputs.split(rows)):
+        mean, variance, count, far = native.moments(part)
+        native.outputs(part, gamma, beta, mean, variance, epsilon, far, into)
+        moments.append((mean, variance, count, far))
+    means, variances, counts, far = zip(*moments)
+    return outputs, torch.stack(means), torch.stack(variances), counts, far
 
 
 def _has_native_parts(inputs):
