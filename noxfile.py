@@ -19,6 +19,7 @@ PROGRAMS = [
     "pillow",
     "rich",
     "scikit-learn",
+    "scipy",
     "tensorboard",
     "tensorflow-datasets",
     "tqdm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     import keras
 
 LAYERS = ("keras_bn", "keras")
+# Where batch normalization stands: after the activation, as in the article,
+# before it, or on the images alone.
+PLACEMENTS = ("after", "before", "input")
 
 
 def build(
@@ -22,14 +26,15 @@ def build(
     layer: str = "keras_bn",
     seed: int = 0,
     synchronized: bool = False,
+    placement: str = "after",
 ) -> keras.Model:
     """Builds the network of one condition.
 
     Two 5x5 convolutions (32 and 64 filters) with 2x2 max pooling, a dense
-    layer of 1024 units, and the logits. Batch normalization stands after the
-    activation. Kernels start Glorot uniform and biases at zero, as in
-    TensorFlow 1's ``tf.layers``. The initial kernels depend on `seed` alone,
-    so the conditions, and both choices of `layer`, start from the same ones.
+    layer of 1024 units, and the logits. Kernels start Glorot uniform and
+    biases at zero, as in TensorFlow 1's ``tf.layers``. The initial kernels
+    depend on `seed` alone, so the conditions, and all choices of `layer` and
+    `placement`, start from the same ones.
 
     Args:
         condition: which of the 12 networks.
@@ -40,6 +45,9 @@ def build(
         seed: int of at least 0, of the initial kernels and of dropout.
         synchronized: whether batch normalization takes the moments of the
             batch over all replicas.
+        placement: one of `PLACEMENTS`, for conditions with batch
+            normalization; "input" is one layer of it, whichever layers the
+            condition normalizes.
 
     Returns:
         A model from float32 (batch, *input_shape) to float32 logits
@@ -69,30 +77,33 @@ def build(
             name=name,
         )
 
-    model = keras.Sequential(name=f"condition_{condition.number}")
-    model.add(keras.Input(input_shape))
-    for number, filters in ((1, 32), (2, 64)):
+    def add(make, name, where):
+        """A layer, its activation, and what normalizes it in `where`."""
+        normalized = placement != "input" and condition.batch_norm in where
+        before = normalized and placement == "before"
         model.add(
-            layers.Conv2D(
-                filters,
-                5,
-                padding="same",
-                activation="relu",
+            make(
+                activation=None if before else "relu",
                 kernel_initializer=kernel(),
-                name=f"conv{number}",
+                name=name,
             )
         )
-        if condition.batch_norm in ("conv", "both"):
-            model.add(normalize(f"batch_norm_conv{number}"))
+        if normalized:
+            model.add(normalize(f"batch_norm_{name}"))
+        if before:
+            model.add(layers.ReLU(name=f"relu_{name}"))
+
+    model = keras.Sequential(name=f"condition_{condition.number}")
+    model.add(keras.Input(input_shape))
+    if placement == "input" and condition.batch_norm != "none":
+        model.add(normalize("batch_norm_input"))
+    for number, filters in ((1, 32), (2, 64)):
+        conv = functools.partial(layers.Conv2D, filters, 5, padding="same")
+        add(conv, f"conv{number}", ("conv", "both"))
         model.add(layers.MaxPooling2D(2, name=f"pool{number}"))
     model.add(layers.Flatten(name="flatten"))
-    model.add(
-        layers.Dense(
-            1024, activation="relu", kernel_initializer=kernel(), name="dense"
-        )
-    )
-    if condition.batch_norm in ("dense", "both"):
-        model.add(normalize("batch_norm_dense"))
+    dense = functools.partial(layers.Dense, 1024)
+    add(dense, "dense", ("dense", "both"))
     logits = layers.Dense(classes, kernel_initializer=kernel(), name="logits")
     if condition.dropout:
         model.add(

@@ -331,6 +331,7 @@ def _regenerate(contents) -> str:
         "learning_rate",
         "input",
         "layer",
+        "placement",
         "distribution",
     ):
         if name in facts:

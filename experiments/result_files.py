@@ -26,6 +26,7 @@ SETTINGS = (
     "input",
     "shuffle",
     "layer",
+    "placement",
     "optimizer",
     "optimizer_epsilon",
     "learning_rate",
@@ -73,7 +74,9 @@ _FACTS = {
 _OPTIONAL_FACTS = {
     **dict.fromkeys(("dataset_version", "dataset_copy"), _TEXT),
     **dict.fromkeys(("input", "layer", "optimizer", "backend"), _TEXT),
-    **dict.fromkeys(("device", "revision", "distribution"), _TEXT),
+    **dict.fromkeys(
+        ("device", "revision", "distribution", "placement"), _TEXT
+    ),
     **dict.fromkeys(("eval_every", "batch_size", "replicas"), _COUNT),
     "learning_rate": _NUMBER,
     "optimizer_epsilon": (
@@ -91,7 +94,12 @@ _OPTIONAL_FACTS = {
     ),
 }
 # What runs were that say nothing of it: there was no choice yet.
-BEFORE = {"distribution": "none", "replicas": 1, "synchronized": False}
+BEFORE = {
+    "distribution": "none",
+    "replicas": 1,
+    "synchronized": False,
+    "placement": "after",
+}
 _METRICS = {"test_accuracy": _SHARE}
 _TIMING = {"train_seconds": _AMOUNT, "images_per_second": _AMOUNT}
 

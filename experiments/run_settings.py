@@ -38,6 +38,7 @@ class Settings:
         input: "raw" or "standardized", see `data.inputs`.
         shuffle: whether each epoch has an order of its own.
         layer: "keras_bn" or "keras", see `models.build`.
+        placement: "after", "before" or "input", see `models.build`.
         distribution: one of `DISTRIBUTIONS`, see `experiments.distribution`.
         synchronized: whether batch normalization takes the moments of the
             batch over all replicas.
@@ -56,6 +57,7 @@ class Settings:
     input: str = "raw"
     shuffle: bool = False
     layer: str = "keras_bn"
+    placement: str = "after"
     distribution: str = "none"
     synchronized: bool = False
 
@@ -81,6 +83,7 @@ class Settings:
             ("optimizer", OPTIMIZERS),
             ("input", data.INPUTS),
             ("layer", models.LAYERS),
+            ("placement", models.PLACEMENTS),
             ("distribution", DISTRIBUTIONS),
         ):
             if getattr(self, name) not in choices:
@@ -129,6 +132,13 @@ def define_flags() -> None:
         default["layer"],
         models.LAYERS,
         "Whose BatchNormalization to train with.",
+    )
+    flags.DEFINE_enum(
+        "placement",
+        default["placement"],
+        models.PLACEMENTS,
+        "Where it stands: after the activation, before it, or on the images "
+        "alone.",
     )
     define_data_flags()
     flags.DEFINE_string("output", "results", "Folder of all results.")

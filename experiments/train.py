@@ -160,6 +160,7 @@ def network(settings: Settings) -> keras.Model:
         layer=settings.layer,
         seed=settings.seed,
         synchronized=settings.synchronized,
+        placement=settings.placement,
     )
 
 

@@ -125,3 +125,31 @@ def test_other_images_and_classes():
     model = _build(0, input_shape=(8, 12, 1), classes=3)
     logits = model(np.zeros((2, 8, 12, 1), np.float32))
     assert logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        ("before", ["Conv2D", "BatchNormalization", "ReLU", "MaxPooling2D"]),
+        ("input", ["BatchNormalization", "Conv2D", "MaxPooling2D", "Conv2D"]),
+    ],
+)
+def test_placement(placement, expected):
+    model = _build(9, placement=placement)
+    assert [type(layer).__name__ for layer in model.layers[:4]] == expected
+    count = {"before": 3, "input": 1}[placement]
+    kinds = [type(layer) for layer in model.layers]
+    assert kinds.count(keras.layers.BatchNormalization) == count
+    for layer in model.layers:
+        if placement == "before" and layer.name in ("conv1", "dense"):
+            assert layer.activation is keras.activations.linear
+    # The kernels are those of the article's place.
+    assert _kernels(model).keys() == _kernels(_build(9)).keys()
+    for name, kernel in _kernels(_build(9)).items():
+        np.testing.assert_array_equal(_kernels(model)[name], kernel)
+
+
+def test_conditions_without_normalization_have_no_place_for_it():
+    for placement in ("before", "input"):
+        kinds = [type(x) for x in _build(0, placement=placement).layers]
+        assert kinds == [type(x) for x in _build(0).layers]

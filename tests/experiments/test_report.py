@@ -480,7 +480,7 @@ def test_the_command_that_repeats_a_run(tmp_path, facts, before, after):
         "--condition=N --seed=N --output=RESULTS --dataset=cifar10 "
         "--steps=400 --eval_every=100 --batch_size=128 --optimizer=adam "
         "--learning_rate=0.001 --input=raw --layer=keras_bn "
-        f"--distribution={facts['distribution']}{after}"
+        f"--placement=after --distribution={facts['distribution']}{after}"
     )
     several = facts["distribution"] == "multiworker"
     assert ("start one worker for each" in page) == several
