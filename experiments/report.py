@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import atomic
+from experiments import controls
 from experiments import launch
 from experiments import report_sections
 from experiments import report_summaries
@@ -26,7 +27,8 @@ def write_report(
 
     Args:
         results_dir: folder with `<condition>/<seed>/run.json` and so on, as
-            `experiments.train` writes them. Runs may be unfinished.
+            `experiments.train` writes them, or with control experiments, or
+            both. Runs may be unfinished.
         published_curves: CSV file of the article's own curves, with the
             columns condition, step and test_accuracy; without it the values
             of the article's table are drawn. Neither is for results on
@@ -41,8 +43,13 @@ def write_report(
             written. What an earlier call wrote stays then.
     """
     results_dir = Path(results_dir)
-    contents = report_summaries.read_contents(results_dir, published_curves)
-    sections, figures = report_sections.page_sections(contents)
+    found = controls.read(results_dir)
+    contents = None
+    if not found or any(results_dir.glob("*/*/run.json")):
+        contents = report_summaries.read_contents(
+            results_dir, published_curves
+        )
+    sections, figures = report_sections.page_sections(contents, found)
     template = string.Template(_TEMPLATE.read_text(encoding="utf-8"))
     page = template.substitute(sections)
     path = results_dir / "report.html"

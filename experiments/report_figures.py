@@ -10,12 +10,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import article
+from experiments.report_html import escape
 from experiments.report_summaries import Summary
 from experiments.report_summaries import published_points
 from experiments.report_summaries import smooth
 
 # The article's step axis is kept once a run fills most of it.
 _LEAST_FILL_OF_STEP_AXIS = 2 / 3
+# As many points of a curve as tell their values: to hover over, not to read.
+_MOST_MARKS = 150
 # The article's accuracy axis is kept while this much of the curves is on it.
 _LEAST_SHARE_IN_VIEW = 0.9
 
@@ -181,15 +184,113 @@ def draw(
         axes.set_xlabel("training steps")
         axes.set_ylabel("test accuracy")
         figure.legend(loc="outside lower left", frameon=False, handlelength=3)
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer,
-            format="svg",
-            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
-        )
+        marks = [
+            mark
+            for summary, (steps, mean, spread), _, _ in looks
+            for mark in _marks(summary, steps, mean, spread, limits)
+        ]
+        return _svg(figure, axes, marks), _outside(looks, limits)
+
+
+def draw_dots(
+    name: str, groups: Sequence[tuple[str, dict[int, float]]]
+) -> str:
+    """Draws the accuracies of some groups of runs, a row for each group.
+
+    Args:
+        name: of the figure.
+        groups: what each is, and seed -> test accuracy.
+
+    Returns:
+        The SVG for a white background.
+    """
+    with matplotlib.rc_context(style(name)):
+        height = 0.9 + 0.24 * len(groups)
+        drawing = Figure(figsize=(6.4, height), layout="constrained")
+        drawing.patch.set_visible(False)
+        axes = drawing.add_subplot()
+        axes.patch.set_visible(False)
+        axes.grid(color=GRID, linewidth=0.6, axis="x")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        marks = []
+        for row, (words, of_seeds) in enumerate(groups):
+            values = list(of_seeds.values())
+            axes.plot(
+                values,
+                [row] * len(values),
+                color=SERIES[0],
+                linewidth=0,
+                marker="o",
+                markersize=4,
+                alpha=0.6,
+            )
+            mean = float(np.mean(values))
+            axes.plot(
+                [mean, mean],
+                [row - 0.3, row + 0.3],
+                color=SERIES[1],
+                linewidth=2,
+            )
+            marks += [
+                (value, row, f"{words}, seed {seed}: {value:.4f}")
+                for seed, value in of_seeds.items()
+            ]
+        axes.set_yticks(range(len(groups)), [words for words, _ in groups])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.set_xlabel("test accuracy")
+        return _svg(drawing, axes, marks)
+
+
+def figure(svg: str, caption: str, description: str) -> str:
+    """A figure of the page: what it shows, and what is said of it.
+
+    Args:
+        svg: from one of the functions that draw.
+        caption: below it.
+        description: what a reader who cannot see it is told.
+    """
+    return (
+        f"<figure>{inline(svg, escape(description))}"
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _marks(summary, steps, mean, spread, limits):
+    """Points that tell their values: `(step, accuracy, words)`."""
+    stride = -(-len(steps) // _MOST_MARKS)
+    for step, value, off in zip(
+        steps[::stride], mean[::stride], spread[::stride]
+    ):
+        if step <= limits.last_step and limits.low <= value <= limits.high:
+            words = f"condition {summary.condition.number}, step {step:,.0f}: "
+            words += f"{value:.4f}"
+            if len(summary.runs) > 1:
+                words += f", deviation {off:.4f}"
+            yield step, value, words
+
+
+def _svg(drawing, axes, marks):
+    """The SVG of a figure, with what its points tell when hovered over."""
+    buffer = io.StringIO()
+    drawing.savefig(
+        buffer,
+        format="svg",
+        metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+    )
     # A hundredth of a point is finer than any screen.
     svg = re.sub(r"(\d\.\d\d)\d+", r"\1", buffer.getvalue())
-    return svg, _outside(looks, limits)
+    points_per_pixel = 72 / drawing.dpi
+    height = 72 * drawing.get_figheight()
+    circles = []
+    for x, y, words in marks:
+        across, up = axes.transData.transform((x, y)) * points_per_pixel
+        circles.append(
+            f'<circle cx="{across:.2f}" cy="{height - up:.2f}" r="5" '
+            f'fill="transparent"><title>{escape(words)}</title></circle>\n'
+        )
+    return svg.replace("</svg>", f"{''.join(circles)}</svg>")
 
 
 def inline(svg: str, description: str) -> str:

@@ -1,15 +1,19 @@
 """The sections of the report's page, as HTML."""
 
-import html
 import json
 import shlex
-from collections.abc import Iterable
 from collections.abc import Sequence
 
 from experiments import article
+from experiments import controls
+from experiments import report_comparison
 from experiments import report_figures
 from experiments import report_summaries
 from experiments import result_files
+from experiments.report_html import escape
+from experiments.report_html import paragraphs
+from experiments.report_html import section
+from experiments.report_html import table
 from experiments.report_summaries import Contents
 
 # Settings in which a run can depart from the article, and the article's.
@@ -25,55 +29,50 @@ _ARTICLE_SETTINGS = {
 _MATCHING_STEPS = 0.05
 
 
-def page_sections(contents: Contents) -> tuple[dict[str, str], dict[str, str]]:
+def page_sections(
+    contents: Contents | None, found: Sequence[controls.Results]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Writes out every section of the page.
+
+    Args:
+        contents: the runs of the article's experiment, if there are any.
+        found: control experiments.
 
     Returns:
         Placeholder of the template -> HTML, and name of a figure -> SVG for
         a file of its own.
     """
-    limits = report_figures.shared_axes(list(contents.summaries.values()))
-    figures, files = _figures(contents, limits)
-    title = f"Batch normalization in the article's CNN on {contents.data}"
+    control_chapters, files = report_comparison.control_chapters(found)
+    if contents is None:
+        title = "Batch normalization in the article's CNN: controls"
+        runs = [run for x in found for own in x.runs.values() for run in own]
+        introduction = paragraphs([f"{len(runs)} runs of control experiments."])
+        chapters = [control_chapters, _settings_of(runs, {})]
+    else:
+        title = f"Batch normalization in the article's CNN on {contents.data}"
+        introduction = _introduction(contents)
+        limits = report_figures.shared_axes(list(contents.summaries.values()))
+        figures, drawn = _figures(contents, limits)
+        files |= drawn
+        on_data = f"on {contents.data}"
+        chapters = [
+            section(f"Final test accuracy {on_data}", _accuracies(contents)),
+            section(
+                f"Test accuracy over training steps {on_data}",
+                _figure_notes(contents, limits),
+                f'<div class="figures">\n{figures}\n</div>',
+            ),
+            report_comparison.chapters(contents),
+            control_chapters,
+            section(f"Runs {on_data}", _runs(contents)),
+            _settings_of(contents.runs, {"data": contents.data}),
+            section("How to make this report again", _regenerate(contents)),
+        ]
     return {
-        "title": _escape(title),
-        "data": _escape(contents.data),
-        "introduction": _introduction(contents),
-        "accuracies": _accuracies(contents),
-        "figure_notes": _figure_notes(contents, limits),
-        "figures": figures,
-        "runs": _runs(contents),
-        "settings": _settings(contents),
-        "regenerate": _regenerate(contents),
+        "title": escape(title),
+        "introduction": introduction,
+        "chapters": "\n".join(x for x in chapters if x),
     }, files
-
-
-def _escape(text: object) -> str:
-    return html.escape(str(text))
-
-
-def _paragraphs(sentences: Iterable[str], style: str = "") -> str:
-    style = f' class="{style}"' if style else ""
-    return "\n".join(f"<p{style}>{_escape(s)}</p>" for s in sentences if s)
-
-
-def _table(
-    caption: str,
-    headings: Sequence[str],
-    rows: Iterable[Sequence[object]],
-) -> str:
-    head = "".join(f'<th scope="col">{_escape(h)}</th>' for h in headings)
-    body = "\n".join(
-        f'<tr><th scope="row">{_escape(row[0])}</th>'
-        + "".join(f"<td>{_escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="wide"><table><caption>{_escape(caption)}</caption>\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>"
-        "</table></div>"
-    )
 
 
 def _introduction(contents) -> str:
@@ -91,7 +90,7 @@ def _introduction(contents) -> str:
             "on the article's CIFAR-10. They are not compared with the "
             "article, and its values are not shown."
         )
-        return _paragraphs(sentences)
+        return paragraphs(sentences)
     departures = [
         f"{name.replace('_', ' ')} {result_files.describe(own)} (the "
         f"article: {result_files.describe(published)})"
@@ -105,7 +104,7 @@ def _introduction(contents) -> str:
         sentences.append(
             f"Set otherwise than in the article: {'; '.join(departures)}."
         )
-    return _paragraphs(sentences)
+    return paragraphs(sentences)
 
 
 def _seeds(summary) -> str:
@@ -170,7 +169,7 @@ def _accuracies(contents) -> str:
                 report_summaries.published_at(number, step, contents.curves),
             )
         rows.append([*row, f"{step:,}", _seeds(summary)])
-    return _table(caption, headings, rows)
+    return table(caption, headings, rows)
 
 
 def _figure_notes(contents, limits) -> str:
@@ -217,7 +216,7 @@ def _figure_notes(contents, limits) -> str:
             "Not drawn, for there are no results yet of its conditions: "
             f"figure {'; '.join(left_out)}."
         )
-    return _paragraphs([" ".join(sentences)])
+    return paragraphs([" ".join(sentences)])
 
 
 def _figures(contents, limits) -> tuple[str, dict[str, str]]:
@@ -251,11 +250,11 @@ def _figures(contents, limits) -> tuple[str, dict[str, str]]:
             notes.append(f"No results yet: {', '.join(missing)}.")
         if outside:
             notes.append(outside)
-        caption = f"<strong>{_escape(notes[0])}</strong> " + _escape(
+        caption = f"<strong>{escape(notes[0])}</strong> " + escape(
             " ".join(notes[1:])
         )
         blocks.append(
-            f"<figure>{report_figures.inline(svg, _escape(description))}"
+            f"<figure>{report_figures.inline(svg, escape(description))}"
             f"<figcaption>{caption}</figcaption></figure>"
         )
     return "\n".join(blocks), files
@@ -278,7 +277,7 @@ def _runs(contents) -> str:
                 "–" if speed is None else f"{speed:,.0f}",
             ]
         )
-    return _table(
+    return table(
         f"Every run on {contents.data}. Training time leaves out evaluation; "
         "images per second is the median over the stretches between "
         "evaluations.",
@@ -295,25 +294,26 @@ def _runs(contents) -> str:
     )
 
 
-def _settings(contents) -> str:
-    runs = contents.runs
-    facts = {"data": contents.data}
+def _settings_of(runs, facts) -> str:
+    facts = dict(facts)
     for name in result_files.SETTINGS + result_files.CIRCUMSTANCES:
-        if not name.startswith("dataset"):
+        if not (facts and name.startswith("dataset")):
             facts[name.replace("_", " ")] = result_files.describe(
                 runs[0].facts.get(name)
             )
     rows = "\n".join(
-        f'<tr><th scope="row">{_escape(name)}</th><td>{_escape(value)}</td>'
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td>'
         "</tr>"
         for name, value in facts.items()
     )
     notes = result_files.differing_circumstances(runs)
-    return (
+    return section(
+        "What made these results",
         '<div class="wide"><table class="settings"><caption>Settings, '
         "hardware and software of the runs; as the first of them has them "
         f"where a note below says that they differ.</caption>\n{rows}\n"
-        f"</table></div>\n{_paragraphs(notes, 'note')}"
+        "</table></div>",
+        paragraphs(notes, "note"),
     )
 
 
@@ -351,14 +351,14 @@ def _regenerate(contents) -> str:
     prefix += variables
     commands = f"{prefix}{shlex.join(train)}\n{shlex.join(report)}"
     return (
-        _paragraphs(
+        paragraphs(
             [
                 "From a clone of the repository at the revision above, with "
                 "RESULTS the folder of this report: each run, then the page.",
                 *explained,
             ]
         )
-        + f"\n<pre>{_escape(commands)}</pre>"
+        + f"\n<pre>{escape(commands)}</pre>"
     )
 
 

@@ -100,6 +100,8 @@ BEFORE = {
     "synchronized": False,
     "placement": "after",
 }
+# What recalibration makes of the trained weights; beside the weights.
+RECALIBRATED = "recalibrated.json"
 _METRICS = {"test_accuracy": _SHARE}
 _TIMING = {"train_seconds": _AMOUNT, "images_per_second": _AMOUNT}
 
@@ -117,6 +119,8 @@ class Run:
         train_seconds: time spent in training steps, or None if not kept.
         images_per_second: median over the stretches between evaluations, or
             None.
+        recalibrated: test accuracy of the trained weights with statistics of
+            `keras_bn.recalibrate`, 0 to 1, or None.
     """
 
     condition: article.Condition
@@ -126,6 +130,7 @@ class Run:
     accuracies: np.ndarray
     train_seconds: float | None
     images_per_second: float | None
+    recalibrated: float | None = None
 
     @property
     def last_step(self) -> int:
@@ -166,7 +171,7 @@ def read_runs(results_dir: Path | str) -> list[Run]:
             f"no results in {results_dir}: train a condition first "
             "(python -m experiments.train), or give another folder"
         )
-    _require_same_settings([run.facts for run in runs])
+    require_same_settings([run.facts for run in runs])
     return runs
 
 
@@ -190,7 +195,7 @@ def check_addition(results_dir: Path | str, additions: Sequence[dict]) -> None:
         for path in sorted(results_dir.glob("*/*/run.json"))
         if str(path.parent.relative_to(results_dir)) not in own
     ]
-    _require_same_settings([*additions, *others])
+    require_same_settings([*additions, *others])
 
 
 def has_weights(folder: Path) -> bool:
@@ -274,11 +279,17 @@ def describe(value: object) -> str:
     return "not recorded" if value is None else str(value)
 
 
-def _require_same_settings(runs: Sequence[dict]) -> None:
-    """Compares what is, or is to be, in the run.json of some runs."""
+def require_same_settings(
+    runs: Sequence[dict], names: Sequence[str] = SETTINGS
+) -> None:
+    """Compares what is, or is to be, in the run.json of some runs.
+
+    Raises:
+        ExperimentError: they differ in one of `names`.
+    """
     first = runs[0]
     for facts in runs[1:]:
-        for name in SETTINGS:
+        for name in names:
             one, other = first.get(name), facts.get(name)
             if one != other:
                 raise ExperimentError(
@@ -385,4 +396,14 @@ def _read_run(path: Path) -> Run:
         accuracies=np.array([row["test_accuracy"] for row in metrics], float),
         train_seconds=sum(row["train_seconds"] for row in timing) or None,
         images_per_second=float(np.median(speeds)) if speeds else None,
+        recalibrated=_read_recalibrated(folder),
     )
+
+
+def _read_recalibrated(folder: Path) -> float | None:
+    path = folder / RECALIBRATED
+    if not os.path.exists(path):
+        return None
+    values = _parse(path, _read_text(path))
+    _check(path, values, {"test_accuracy": _SHARE})
+    return values["test_accuracy"]

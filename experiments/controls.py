@@ -1,0 +1,316 @@
+"""The control experiments: what else the article's gap may be due to.
+
+Each is a small grid of runs, `<results>/controls/<name>/<arm>/<condition>/
+<seed>/`, whose arms differ in one or two settings, and a few claims. A claim
+is a sum of accuracies less another, of the same seeds; what it comes to, and
+its confidence interval over the seeds, makes the sentence of the report.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments import article
+from experiments import comparison
+from experiments import result_files
+from experiments.comparison import Difference
+
+STEPS = 8 * article.BATCHES_PER_EPOCH
+EVAL_EVERY = 2 * article.BATCHES_PER_EPOCH // 5
+# The evaluations at the end of a run whose mean is its accuracy: one alone is
+# off by what the moving average happens to be.
+LAST_EVALUATIONS = 5
+FOLDER = "controls"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One choice of settings.
+
+    Attributes:
+        name: of its folder.
+        words: of its figure.
+        changes: attributes of `Settings` that are not the article's.
+    """
+
+    name: str
+    words: str
+    changes: Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What is asked of the results.
+
+    Attributes:
+        words: what the difference is, as the subject of a sentence.
+        ours, others: (name of an arm, condition) of the accuracies that are
+            added, and of those that are taken away.
+    """
+
+    words: str
+    ours: tuple[tuple[str, int], ...]
+    others: tuple[tuple[str, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A control experiment.
+
+    Attributes:
+        name: of the preset and of its folder.
+        question: one sentence.
+        conditions: the article's numbers.
+        arms: what differs.
+        claims: what is asked.
+    """
+
+    name: str
+    question: str
+    conditions: tuple[int, ...]
+    arms: tuple[Arm, ...]
+    claims: tuple[Claim, ...]
+
+
+def _gap(arm, words):
+    return Claim(
+        f"Batch normalization (condition 9 less condition 0) on {words}",
+        ((arm, 9),),
+        ((arm, 0),),
+    )
+
+
+def _rate_claim(name, rate, number):
+    return Claim(
+        f"A learning rate of {rate} instead of 0.001, in condition {number}",
+        ((name, number),),
+        (("rate_0.001", number),),
+    )
+
+
+CONTROLS = {
+    control.name: control
+    for control in (
+        Control(
+            "input_and_order",
+            "How much of the gap between the conditions is batch "
+            "normalization, and how much is that the article's pixels are not "
+            "scaled and its batches never reshuffled?",
+            (0, 9, 11),
+            (
+                Arm("raw_fixed", "raw pixels, fixed order (article)", {}),
+                Arm("raw_reshuffled", "raw, reshuffled", {"shuffle": True}),
+                Arm(
+                    "standardized_fixed",
+                    "standardized, fixed order",
+                    {"input": "standardized"},
+                ),
+                Arm(
+                    "standardized_reshuffled",
+                    "standardized, reshuffled",
+                    {"input": "standardized", "shuffle": True},
+                ),
+            ),
+            (
+                _gap("raw_fixed", "raw pixels in fixed order"),
+                _gap(
+                    "standardized_reshuffled",
+                    "standardized pixels, reshuffled",
+                ),
+                Claim(
+                    "What scaling and reshuffling take away of that gap",
+                    (("raw_fixed", 9), ("standardized_reshuffled", 0)),
+                    (("raw_fixed", 0), ("standardized_reshuffled", 9)),
+                ),
+                Claim(
+                    "Standardizing pixels without batch normalization "
+                    "(condition 0, fixed order)",
+                    (("standardized_fixed", 0),),
+                    (("raw_fixed", 0),),
+                ),
+                Claim(
+                    "Reshuffling without batch normalization (condition 0, "
+                    "raw pixels)",
+                    (("raw_reshuffled", 0),),
+                    (("raw_fixed", 0),),
+                ),
+                Claim(
+                    "Dropout 0.4 beside batch normalization (condition 11 "
+                    "less condition 9, as published)",
+                    (("raw_fixed", 11),),
+                    (("raw_fixed", 9),),
+                ),
+            ),
+        ),
+        Control(
+            "placement",
+            "Where should batch normalization stand?",
+            (0, 9),
+            (
+                Arm("after", "after the activation (article)", {}),
+                Arm(
+                    "before",
+                    "before the activation",
+                    {"placement": "before"},
+                ),
+                Arm("input", "on the images alone", {"placement": "input"}),
+            ),
+            (
+                Claim(
+                    "Batch normalization before the activation instead of "
+                    "after it (condition 9)",
+                    (("before", 9),),
+                    (("after", 9),),
+                ),
+                Claim(
+                    "Batch normalization of the images alone (against none, "
+                    "condition 0)",
+                    (("input", 9),),
+                    (("after", 0),),
+                ),
+                Claim(
+                    "Batch normalization of all layers against that of the "
+                    "images alone",
+                    (("after", 9),),
+                    (("input", 9),),
+                ),
+            ),
+        ),
+        Control(
+            "learning_rate",
+            "Is the gap one of learning rates?",
+            (0, 9),
+            tuple(
+                Arm(
+                    f"rate_{rate:g}",
+                    f"learning rate {rate:g}",
+                    {"learning_rate": rate},
+                )
+                for rate in (1e-4, 1e-3, 1e-2)
+            ),
+            (
+                _gap("rate_0.0001", "a learning rate of 0.0001"),
+                _gap("rate_0.001", "the article's learning rate, 0.001"),
+                _gap("rate_0.01", "a learning rate of 0.01"),
+                _rate_claim("rate_0.0001", "0.0001", 0),
+                _rate_claim("rate_0.01", "0.01", 9),
+            ),
+        ),
+        Control(
+            "layer",
+            "Is it our layer?",
+            (9, 11),
+            (
+                Arm("keras_bn", "keras_bn.BatchNormalization", {}),
+                Arm(
+                    "keras",
+                    "keras.layers.BatchNormalization",
+                    {"layer": "keras"},
+                ),
+            ),
+            tuple(
+                Claim(
+                    f"Our layer instead of Keras's (condition {number})",
+                    (("keras_bn", number),),
+                    (("keras", number),),
+                )
+                for number in (9, 11)
+            ),
+        ),
+    )
+}
+
+
+def folder(output: Path | str, control: Control, arm: Arm) -> Path:
+    """Returns the folder of an arm's runs."""
+    return Path(output) / FOLDER / control.name / arm.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a control experiment has come to.
+
+    Attributes:
+        control: the `Control`.
+        runs: finished ones; name of an arm -> list of `Run`.
+        accuracies: (name of an arm, condition) -> {seed: accuracy}, see
+            `LAST_EVALUATIONS`.
+    """
+
+    control: Control
+    runs: Mapping[str, Sequence[result_files.Run]]
+    accuracies: Mapping[tuple[str, int], Mapping[int, float]]
+
+    def difference(self, claim: Claim) -> Difference | None:
+        """What a claim comes to over the seeds that have all of it."""
+        terms = [*claim.ours, *claim.others]
+        if not all(term in self.accuracies for term in terms):
+            return None
+        seeds = sorted(
+            set.intersection(*(set(self.accuracies[t]) for t in terms))
+        )
+        if not seeds:
+            return None
+        sums = [
+            [sum(self.accuracies[t][seed] for t in side) for seed in seeds]
+            for side in (claim.ours, claim.others)
+        ]
+        return comparison.paired_difference(*sums)
+
+
+def read(output: Path | str) -> list[Results]:
+    """Reads the control experiments below a folder of results.
+
+    Only finished runs enter.
+
+    Raises:
+        ExperimentError: a file is damaged, or runs differ in more than their
+            arms do.
+    """
+    found = []
+    for control in CONTROLS.values():
+        runs = {}
+        for arm in control.arms:
+            path = folder(output, control, arm)
+            if os.path.isdir(path):
+                runs[arm.name] = [
+                    run for run in result_files.read_runs(path) if run.finished
+                ]
+        facts = [run.facts for own in runs.values() for run in own]
+        if facts:
+            changed = {name for arm in control.arms for name in arm.changes}
+            names = {*result_files.SETTINGS, "steps"} - changed
+            result_files.require_same_settings(facts, sorted(names))
+            found.append(Results(control, runs, _accuracies(runs)))
+    return found
+
+
+def _accuracies(runs):
+    accuracies = {}
+    for arm, own in runs.items():
+        for run in own:
+            last = float(np.mean(run.accuracies[-LAST_EVALUATIONS:]))
+            key = arm, run.condition.number
+            accuracies.setdefault(key, {})[run.seed] = last
+    return accuracies
+
+
+def verdict(claim: Claim, difference: Difference | None) -> str:
+    """The sentence that the results make of a claim."""
+    if difference is None:
+        return f"{claim.words}: not measured yet."
+    points = 100 * difference.mean
+    said = f"{claim.words}: {points:+.1f} points of test accuracy"
+    if difference.low is None:
+        return f"{said}, of one seed: no interval, hence no verdict."
+    said += (
+        f", 95% interval {100 * difference.low:+.1f} to "
+        f"{100 * difference.high:+.1f} over {difference.count} seeds: "
+    )
+    if not difference.excludes_zero:
+        return f"{said}no difference is shown."
+    return f"{said}{'more' if difference.mean > 0 else 'less'}, clearly."

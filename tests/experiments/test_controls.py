@@ -1,0 +1,126 @@
+"""Control experiments: what is asked of results, and the verdicts."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import ExperimentError
+from experiments import controls
+from experiments import report
+from experiments.run_settings import Settings
+from tests.experiments import run_files
+
+_CONTROL = controls.CONTROLS["input_and_order"]
+
+
+def _write(output, arm, condition, seed, accuracy, **facts):
+    """A finished run whose last evaluations have a mean of `accuracy`."""
+    changes = {a.name: a.changes for a in _CONTROL.arms}[arm]
+    run_files.write_run(
+        controls.folder(output, _CONTROL, _arm(arm)),
+        condition,
+        seed,
+        [0.1] * 15 + list(accuracy + np.array([0.02, -0.01, 0, 0, -0.01])),
+        every=156,
+        **{"eval_every": 156, "steps": 3120, **changes, **facts},
+    )
+
+
+def _arm(name):
+    return next(arm for arm in _CONTROL.arms if arm.name == name)
+
+
+def _gaps(output, raw, scaled, **facts):
+    """Runs in which normalization brings so much on either input."""
+    noise = (0.0, 0.004, -0.003, 0.001, 0.002)
+    for seed, off in enumerate(noise):
+        for arm, gap in (
+            ("raw_fixed", raw),
+            ("standardized_reshuffled", scaled),
+        ):
+            _write(output, arm, 0, seed, 0.5 + off, **facts)
+            _write(output, arm, 9, seed, 0.5 + gap - off, **facts)
+
+
+def _verdicts(output):
+    (results,) = controls.read(output)
+    return [
+        controls.verdict(claim, results.difference(claim))
+        for claim in _CONTROL.claims
+    ]
+
+
+def test_the_gap_and_what_scaling_takes_away_of_it(tmp_path):
+    _gaps(tmp_path, 0.1, 0.0)
+    gap, scaled, taken, *others = _verdicts(tmp_path)
+    off = -2 * np.array([0.0, 0.004, -0.003, 0.001, 0.002])
+    right = stats.ttest_1samp(0.1 + off, 0).confidence_interval(0.95)
+    assert gap.endswith(
+        f"fixed order: {100 * np.mean(0.1 + off):+.1f} points of test "
+        f"accuracy, 95% interval {100 * right.low:+.1f} to "
+        f"{100 * right.high:+.1f} over 5 seeds: more, clearly."
+    )
+    assert scaled.endswith("no difference is shown.")
+    assert "that gap: +10.0 points" in taken
+    assert all(x.endswith("not measured yet.") for x in others)
+
+
+def test_a_wrong_sign_turns_the_verdict(tmp_path):
+    _gaps(tmp_path, -0.1, 0.0)
+    gap, _, taken, *_ = _verdicts(tmp_path)
+    assert gap.endswith("less, clearly.")
+    assert taken.endswith("less, clearly.")
+
+
+def test_one_seed_gives_no_verdict(tmp_path):
+    _write(tmp_path, "raw_fixed", 0, 0, 0.5)
+    _write(tmp_path, "raw_fixed", 9, 0, 0.6)
+    assert _verdicts(tmp_path)[0].endswith("hence no verdict.")
+
+
+def test_seeds_are_paired(tmp_path):
+    _write(tmp_path, "raw_fixed", 0, 0, 0.5)
+    _write(tmp_path, "raw_fixed", 9, 1, 0.6)
+    assert _verdicts(tmp_path)[0].endswith("not measured yet.")
+
+
+def test_arms_may_differ_in_what_they_are_for_alone(tmp_path):
+    _gaps(tmp_path, 0.1, 0.0)
+    _write(tmp_path, "raw_fixed", 11, 0, 0.5, optimizer="sgd")
+    with pytest.raises(ExperimentError, match="differ in optimizer"):
+        controls.read(tmp_path)
+
+
+def test_every_arm_is_a_setting_that_can_be_run():
+    for control in controls.CONTROLS.values():
+        names = {arm.name for arm in control.arms}
+        assert len(names) == len(control.arms)
+        for arm in control.arms:
+            for number in control.conditions:
+                Settings(number, **arm.changes)
+        for claim in control.claims:
+            for name, number in (*claim.ours, *claim.others):
+                assert name in names
+                assert number in control.conditions
+    fields = {x.name for x in dataclasses.fields(Settings)}
+    assert {"placement", "input", "shuffle", "layer"} <= fields
+
+
+def test_the_report_has_a_chapter_for_it(tmp_path):
+    _gaps(tmp_path, 0.1, 0.0)
+    page = report.write_report(tmp_path).read_text()
+    assert "Control: How much of the gap" in page
+    assert "+10.0 points" in page
+    # Each seed tells its value when hovered over.
+    titles = re.findall("<circle[^>]*><title>(.*?)</title>", page)
+    assert len(titles) == 20
+    assert "9, raw pixels, fixed order (article), seed 1: 0.5960" in titles
+    assert (tmp_path / "figures/control_input_and_order.svg").exists()
+    # Beside the article's own runs it is one chapter more.
+    run_files.write_run(tmp_path, 0, 0, [0.4, 0.5])
+    page = report.write_report(tmp_path).read_text()
+    assert "Control: How much of the gap" in page
+    assert "Final test accuracy" in page
