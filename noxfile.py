@@ -14,6 +14,7 @@ VERSIONS = ("--constraint", ".ci/constraints.txt")
 # their environments name the rest of the `experiments` extra.
 PROGRAMS = [
     "array-record",
+    "filelock",
     "importlib-resources",
     "matplotlib",
     "pillow",

@@ -6,10 +6,13 @@
 The first trains two conditions in minutes, the second all 12, which takes
 days on a CPU. Each has a folder of its own, for their settings differ. A
 finished run is not trained again and an interrupted one goes on, so the
-same command can be given until all is done. The report is written at the end.
+same command can be given until all is done; given several times at once, on
+one machine or on several that share the folder, the processes share the runs.
+The report is written at the end.
 """
 
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from experiments import report
 from experiments import report_summaries
 from experiments import require_backend
 from experiments import result_files
+from experiments import run_folder
 from experiments import run_settings
 from experiments import train
 from experiments.run_settings import Settings
@@ -40,6 +44,8 @@ PRESETS = {
         "eval_every": 156,
     },
 }
+
+_WAIT_SECONDS = 2.0
 
 
 def grid(conditions: Sequence[int], seeds: int, **settings) -> list[Settings]:
@@ -73,6 +79,9 @@ def run(
 ) -> dict[int, list[float]]:
     """Trains what is left to do of a grid.
 
+    Several processes may do so in one folder. Each takes a run that no other
+    is training, and returns when all of them are finished.
+
     Args:
         runs: what `grid` returns.
         dataset: what to train on.
@@ -92,19 +101,35 @@ def run(
     result_files.check_addition(
         output, [train.describe(settings, dataset) for settings in runs]
     )
-    accuracies = {}
+    final = {}
     with tqdm.tqdm(
         desc=f"all {len(runs)} runs",
         total=sum(settings.steps for settings in runs),
         unit=" steps",
         disable=None,
     ) as bar:
-        for settings in runs:
-            metrics = train.run(settings, dataset, output, bar.update)
-            accuracies.setdefault(settings.condition, []).append(
-                metrics[-1]["test_accuracy"]
-            )
+        while len(final) < len(runs):
+            done = len(final)
+            for settings in runs:
+                if settings in final:
+                    continue
+                try:
+                    metrics = train.run(settings, dataset, output, bar.update)
+                except run_folder.BusyError:
+                    continue
+                final[settings] = metrics[-1]["test_accuracy"]
+            if len(final) == done:
+                _wait(len(runs) - done, bar)
+    accuracies = {}
+    for settings in runs:
+        accuracies.setdefault(settings.condition, []).append(final[settings])
     return accuracies
+
+
+def _wait(missing, bar):
+    """Waits for other processes: to finish runs, or to leave them behind."""
+    bar.set_description(f"{missing} runs are trained by other processes")
+    time.sleep(_WAIT_SECONDS)
 
 
 def table(

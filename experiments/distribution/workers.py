@@ -16,14 +16,14 @@ import tqdm
 
 from experiments import ExperimentError
 from experiments import raise_if_interrupted
-from experiments.run_folder import state
+from experiments.checkpoint import state
 
 if TYPE_CHECKING:
     import keras
 
 
 # What an interrupted process says that can do no more.
-INTERRUPTED = "interrupted: the same command goes on from the last evaluation"
+INTERRUPTED = "interrupted: the same command goes on from the last checkpoint"
 
 
 class Workers:
@@ -189,7 +189,7 @@ class Replicas(Workers):
             raise ExperimentError(
                 f"{doing} failed, most likely because another worker ended "
                 f"({_reason(error)}): see what the others say, then start all "
-                "of them again to go on from the last evaluation"
+                "of them again to go on from the last checkpoint"
             ) from error
         finally:
             timer.cancel()
@@ -206,7 +206,7 @@ def no_answer(doing: str, seconds: float) -> str:
     return (
         f"error: {doing}: another worker did not answer within {seconds:g} "
         "seconds (time_limit); start all of them again to go on from the "
-        "last evaluation"
+        "last checkpoint"
     )
 
 
