@@ -70,6 +70,7 @@ class RunFolder:
         self._weights = path / "final.weights.h5"
         self._metrics = path / "metrics.jsonl"
         self._timing = path / "timing.jsonl"
+        self._lock = path / "lock"
         self._board = None
         self._saved = 0
         self._next_checkpoint = 0.0
@@ -108,9 +109,10 @@ class RunFolder:
             OSError: the folder cannot be written to.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        path = self.path / "lock"
         # A soft lock would outlive a killed process.
-        lock = filelock.FileLock(path, blocking=False, fallback_to_soft=False)
+        lock = filelock.FileLock(
+            self._lock, blocking=False, fallback_to_soft=False
+        )
         try:
             lock.acquire()
         except filelock.Timeout as error:
@@ -123,7 +125,7 @@ class RunFolder:
             yield
         finally:
             # While it is held: who waits for it sees that it is gone.
-            path.unlink(missing_ok=True)
+            self._lock.unlink(missing_ok=True)
             lock.release()
 
     def _require_empty(self):
@@ -249,10 +251,14 @@ class RunFolder:
         self.tidy()
 
     def tidy(self) -> None:
-        """Deletes the checkpoints of a finished run, where that is allowed."""
+        """Deletes what a finished run needs no more, where that is allowed."""
         with contextlib.suppress(OSError):
-            checkpoint.previous(self._checkpoint).unlink(missing_ok=True)
-            self._checkpoint.unlink(missing_ok=True)
+            for path in (
+                checkpoint.previous(self._checkpoint),
+                self._checkpoint,
+                self._lock,
+            ):
+                path.unlink(missing_ok=True)
 
     def _lines_to_disk(self):
         # A checkpoint must not outlive the lines that were before it.
