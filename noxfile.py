@@ -26,7 +26,7 @@ PROGRAMS = [
 ]
 ENVIRONMENTS = {
     "tensorflow": [".[experiments,tensorflow,test]", "tf-keras"],
-    "jax": [".[jax,test]", "flax", *PROGRAMS],
+    "jax": [".[jax,ray,test]", "flax", *PROGRAMS],
     "torch": [".[torch,test]", *PROGRAMS],
 }
 

@@ -24,6 +24,7 @@ from experiments import article
 from experiments import atomic
 from experiments import data
 from experiments import launch
+from experiments import ray_grid
 from experiments import report
 from experiments import report_summaries
 from experiments import require_backend
@@ -76,6 +77,7 @@ def run(
     runs: Sequence[Settings],
     dataset: data.Dataset,
     output: Path | str,
+    ray: str = "",
 ) -> dict[int, list[float]]:
     """Trains what is left to do of a grid.
 
@@ -86,13 +88,15 @@ def run(
         runs: what `grid` returns.
         dataset: what to train on.
         output: folder of all results.
+        ray: address of a Ray cluster whose workers train, see `ray_grid`;
+            empty: this process trains.
 
     Returns:
         Condition number -> final test accuracy (0 to 1) of each seed.
 
     Raises:
-        ExperimentError: as `train.run`; or the report could not have these
-            runs beside others in that folder.
+        ExperimentError: as `train.run` and `ray_grid.train`; or the report
+            could not have these runs beside others in that folder.
         KeyboardInterrupt: as `train.run`.
     """
     # Found out now rather than hours into the grid.
@@ -101,29 +105,37 @@ def run(
     result_files.check_addition(
         output, [train.describe(settings, dataset) for settings in runs]
     )
-    final = {}
     with tqdm.tqdm(
         desc=f"all {len(runs)} runs",
         total=sum(settings.steps for settings in runs),
         unit=" steps",
         disable=None,
     ) as bar:
-        while len(final) < len(runs):
-            done = len(final)
-            for settings in runs:
-                if settings in final:
-                    continue
-                try:
-                    metrics = train.run(settings, dataset, output, bar.update)
-                except run_folder.BusyError:
-                    continue
-                final[settings] = metrics[-1]["test_accuracy"]
-            if len(final) == done:
-                _wait(len(runs) - done, bar)
+        if ray:
+            final = ray_grid.train(runs, dataset, output, ray, bar.update)
+        else:
+            final = _train(runs, dataset, output, bar)
     accuracies = {}
     for settings in runs:
         accuracies.setdefault(settings.condition, []).append(final[settings])
     return accuracies
+
+
+def _train(runs, dataset, output, bar):
+    final = {}
+    while len(final) < len(runs):
+        done = len(final)
+        for settings in runs:
+            if settings in final:
+                continue
+            try:
+                metrics = train.run(settings, dataset, output, bar.update)
+            except run_folder.BusyError:
+                continue
+            final[settings] = metrics[-1]["test_accuracy"]
+        if len(final) == done:
+            _wait(len(runs) - done, bar)
+    return final
 
 
 def _wait(missing, bar):
@@ -194,6 +206,13 @@ def define_flags() -> None:
         "The article's numbers, as 2,11 (default: the preset's).",
     )
     flags.DEFINE_integer("seeds", 1, "Number of seeds.")
+    flags.DEFINE_string(
+        "ray",
+        "",
+        "Have Ray's workers train: the address of a cluster, or local for "
+        "this machine's cores (default: this process trains, a run at a "
+        "time).",
+    )
 
 
 def runs_from_flags() -> list[Settings]:
@@ -219,7 +238,7 @@ def main(argv):
     require_backend()
     dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     print(f"{dataset.note}, {runs[0].steps:,} steps -> {output}")
-    accuracies = run(runs, dataset, output)
+    accuracies = run(runs, dataset, output, flags.FLAGS.ray)
     print(table(accuracies, runs[0].steps, dataset))
     if dataset.name != "cifar10":
         print(

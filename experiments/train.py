@@ -27,6 +27,7 @@ from experiments import article
 from experiments import atomic
 from experiments import data
 from experiments import distribution
+from experiments import gpu_check
 from experiments import launch
 from experiments import require_backend
 from experiments import result_files
@@ -60,7 +61,7 @@ def run(
     dataset: data.Dataset,
     output: Path | str,
     on_steps: Callable[[int], None] = lambda steps: None,
-    workers: Workers = Workers(),
+    workers: Workers | None = None,
 ) -> list[dict]:
     """Trains one condition, or what is left of it to do.
 
@@ -71,7 +72,7 @@ def run(
         on_steps: called with each number of training steps that is newly
             done; the first call is for those done by an earlier program.
         workers: the processes that train together, all by this call; the
-            chief alone has a folder.
+            chief alone has a folder. None: this process alone, on one device.
 
     Returns:
         The objects in the run's metrics.jsonl; none if this is not the chief.
@@ -83,6 +84,7 @@ def run(
             given other settings or data than this one.
         KeyboardInterrupt: the run was interrupted; it says how to go on.
     """
+    workers = workers or distribution.one_device()
     if workers.processes > 1:
         facts = dataclasses.asdict(settings)
         workers.require_same(facts | {"dataset": dataset.digest[:12]})
@@ -181,6 +183,8 @@ def _revision():
 def main(argv):
     del argv
     given = run_settings.given()
+    if flags.FLAGS.preset == "gpu_check":
+        return _check_gpu()
     if "condition" not in given:
         raise ExperimentError("give a condition, --condition=0 to 11")
     settings, output = Settings(**given), flags.FLAGS.output
@@ -203,10 +207,30 @@ def main(argv):
             )
 
 
+def _check_gpu():
+    require_backend()
+    for name in gpu_check.gpus():
+        print(f"GPU: {name}", flush=True)
+    dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
+    print(dataset.note, flush=True)
+    agree = [gpu_check.check(x, dataset) for x in gpu_check.CONDITIONS]
+    if not all(agree):
+        raise ExperimentError(
+            "the GPU's losses differ from the CPU's: see the lines above"
+        )
+
+
 def define_flags() -> None:
     """Defines this program's flags."""
+    flags.DEFINE_enum(
+        "preset",
+        None,
+        ["gpu_check"],
+        "gpu_check: check and time TensorFlow on this machine's GPU; no "
+        "condition is given, and nothing is written.",
+    )
     flags.DEFINE_integer(
-        "condition", None, "The article's number, 0 to 11; required."
+        "condition", None, "The article's number, 0 to 11."
     )
     flags.DEFINE_integer("seed", 0, "Of kernels, dropout and shuffling.")
     distribution.define_flags()

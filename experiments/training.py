@@ -126,23 +126,23 @@ class Training:
             until = min(until, self._settings.steps)
             while self._step < until:
                 raise_if_interrupted()
-                self._take_step()
+                self._take_steps(until)
             self._evaluate()
         if self._folder:
             trained = run_model.network(self._settings)
             trained.set_weights(self._model.get_weights())
             self._folder.finish(trained)
 
-    def _take_step(self):
+    def _take_steps(self, until):
         began = time.perf_counter()
-        inputs, labels = self._batches[self._step]
-        logs = self._workers.train_on_batch(inputs, labels)
-        self._mean.add(logs, len(labels))
-        self._step += 1
+        reports = self._workers.take_steps(self._batches, self._step, until)
         self._train_seconds += time.perf_counter() - began
-        self._on_steps(1)
+        for report in reports:
+            self._mean.add(report, self._settings.batch_size)
+        self._step += len(reports)
         self._bar.set_postfix(self._mean.values(), refresh=False)
-        self._bar.update(len(labels))
+        self._bar.update(len(reports) * self._settings.batch_size)
+        self._on_steps(len(reports))
 
     def _evaluate(self):
         began = time.perf_counter()
@@ -170,14 +170,12 @@ class Training:
         """Evaluates with each process a share of the images."""
         labels, workers = self._dataset.test_labels, self._workers
         if workers.processes == 1:
-            return evaluation.evaluate(self._model, self._test_images, labels)
+            return workers.evaluate(self._test_images, labels)
         share = slice(workers.process, None, workers.processes)
         count = len(labels[share])
         sums = np.zeros(3)
         if count:
-            own = evaluation.evaluate(
-                self._model, self._test_images[share], labels[share]
-            )
+            own = workers.evaluate(self._test_images[share], labels[share])
             sums = np.array([own["loss"], own["accuracy"], 1.0]) * count
         loss, accuracy, total = workers.sum(sums)
         return {

@@ -15,6 +15,8 @@ import numpy as np
 import tqdm
 
 from experiments import ExperimentError
+from experiments import data
+from experiments import evaluation
 from experiments import raise_if_interrupted
 from experiments.checkpoint import state
 
@@ -54,6 +56,21 @@ class Workers:
         """
         self._model = model
 
+    def take_steps(
+        self, batches: data.Batches, step: int, until: int
+    ) -> list[dict[str, float]]:
+        """Takes training steps, as many as it likes to take together.
+
+        Args:
+            batches: every process has all of them.
+            step: the first one's number; how many are done.
+            until: how many are done at most then, more than `step`.
+
+        Returns:
+            "loss" and "accuracy" of each, means over its batch.
+        """
+        return [self.train_on_batch(*batches[step])]
+
     def train_on_batch(
         self, inputs: np.ndarray, labels: np.ndarray
     ) -> dict[str, float]:
@@ -66,6 +83,12 @@ class Workers:
 
     def collect(self) -> None:
         """Gives the model of `start` the state of the replicas."""
+
+    def evaluate(
+        self, images: np.ndarray, labels: np.ndarray
+    ) -> dict[str, float]:
+        """Returns what `evaluation.evaluate` does, after `collect`."""
+        return evaluation.evaluate(self._model, images, labels)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Adds up, element by element, what the processes give."""
