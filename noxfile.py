@@ -14,6 +14,7 @@ VERSIONS = ("--constraint", ".ci/constraints.txt")
 # their environments name the rest of the `experiments` extra.
 PROGRAMS = [
     "array-record",
+    "filelock",
     "importlib-resources",
     "matplotlib",
     "pillow",
@@ -26,7 +27,7 @@ PROGRAMS = [
 ]
 ENVIRONMENTS = {
     "tensorflow": [".[experiments,tensorflow,test]", "tf-keras"],
-    "jax": [".[jax,test]", "flax", *PROGRAMS],
+    "jax": [".[jax,ray,test]", "flax", *PROGRAMS],
     "torch": [".[torch,test]", *PROGRAMS],
 }
 

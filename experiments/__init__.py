@@ -6,10 +6,12 @@ and not by their modules: its backend may be one that does not exist, and a
 program says so in one line.
 """
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable
+from collections.abc import Iterator
 
 from absl import app
 from absl import flags
@@ -25,6 +27,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # The signals that asked this process to stop.
 _interruptions = []
+# How many blocks that a signal may not cut short are being run.
+_deferring = []
 
 
 class ExperimentError(ValueError):
@@ -77,17 +81,34 @@ def signal_received() -> int:
     return (_interruptions or [signal.SIGINT])[0]
 
 
+class Stopped(KeyboardInterrupt):
+    """The program was told to stop, and does so at a place of its choice."""
+
+
 def raise_if_interrupted() -> None:
-    """Raises an interruption again that a library has swallowed.
+    """Raises an interruption that was deferred, or swallowed by a library.
 
     What a signal raises is lost where Python was called from C, such as in
     JAX's callback for the garbage collector. A long loop calls this.
 
     Raises:
-        KeyboardInterrupt: the program was told to stop.
+        Stopped: the program was told to stop.
     """
     if _interruptions:
-        raise KeyboardInterrupt
+        raise Stopped
+
+
+@contextlib.contextmanager
+def interruptions_deferred() -> Iterator[None]:
+    """Lets a block stop where it can: where it calls `raise_if_interrupted`.
+
+    A second signal raises KeyboardInterrupt at once.
+    """
+    _deferring.append(True)
+    try:
+        yield
+    finally:
+        _deferring.pop()
 
 
 def require_backend() -> None:
@@ -113,7 +134,8 @@ def require_backend() -> None:
 
 def _interrupt(number, frame):
     _interruptions.append(number)
-    raise KeyboardInterrupt
+    if not _deferring or len(_interruptions) > 1:
+        raise KeyboardInterrupt
 
 
 def _report_unraisable(unraisable):

@@ -1,8 +1,9 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, whatever ends the program or machine."""
 
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import ExperimentError
@@ -27,11 +28,50 @@ def write_text(path: Path | str, text: str) -> None:
         cleanup.callback(Path(temporary).unlink, missing_ok=True)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+            to_disk(file.fileno())
         # mkstemp makes the file private; give it the usual permissions.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
+        to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path of the same suffix to write to; on success it is `path`.
+
+    What was there stays until the new file is whole and on the disk. One
+    process at a time may write a file so.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = path.with_name(f"incomplete.{path.name}")
+    try:
+        yield incomplete
+        to_disk(incomplete)
+        os.replace(incomplete, path)
+        to_disk(path.parent)
+    finally:
+        incomplete.unlink(missing_ok=True)
+
+
+def to_disk(file: Path | str | int) -> None:
+    """Waits until a file, or the names in a folder, would outlive the power.
+
+    Args:
+        file: path, or descriptor of an open file.
+    """
+    if isinstance(file, int):
+        os.fsync(file)
+        return
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(path: Path | str) -> None:

@@ -252,6 +252,12 @@ class Batches:
             the epoch's number.
         seed: int of at least 0.
 
+    Attributes:
+        size: images in a batch.
+        per_epoch: batches in an epoch.
+        images, labels: all that batches are made of, as in `Dataset`.
+        prepare: what `inputs` returns.
+
     Raises:
         ExperimentError: there are fewer images than `batch_size`.
     """
@@ -264,36 +270,37 @@ class Batches:
         shuffle: bool = False,
         seed: int = 0,
     ):
-        self._dataset = dataset
-        self._batch_size = batch_size
+        self.size = batch_size
+        self.images = dataset.train_images
+        self.labels = dataset.train_labels
+        self.prepare = inputs(dataset, input)
         self._shuffle = shuffle
         self._seed = seed
-        self._epoch, self._order = None, None
-        self.per_epoch = len(dataset.train_images) // batch_size
+        self._epoch, self._order = None, np.arange(len(self.images))
+        self.per_epoch = len(self.images) // batch_size
         if not self.per_epoch:
             raise ExperimentError(
-                f"{dataset.name} has {len(dataset.train_images)} training "
+                f"{dataset.name} has {len(self.images)} training "
                 f"images: give a smaller batch. Received: "
                 f"batch_size={batch_size}"
             )
-        self._prepare = inputs(dataset, input)
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns float32 (batch, 32, 32, 3) and int32 (batch,)."""
+        rows = self.rows(step)
+        if not self._shuffle:
+            # A view: nothing is copied.
+            rows = slice(rows[0], rows[-1] + 1)
+        return self.prepare(self.images[rows]), self.labels[rows]
+
+    def rows(self, step: int) -> np.ndarray:
+        """Returns which training images a batch has, integers (batch,)."""
         epoch, index = divmod(step, self.per_epoch)
-        rows = slice(index * self._batch_size, (index + 1) * self._batch_size)
-        if self._shuffle:
-            if epoch != self._epoch:
-                random = np.random.default_rng([self._seed, epoch])
-                self._order = random.permutation(
-                    len(self._dataset.train_images)
-                )
-                self._epoch = epoch
-            rows = self._order[rows]
-        return (
-            self._prepare(self._dataset.train_images[rows]),
-            self._dataset.train_labels[rows],
-        )
+        if self._shuffle and epoch != self._epoch:
+            random = np.random.default_rng([self._seed, epoch])
+            self._order = random.permutation(len(self.images))
+            self._epoch = epoch
+        return self._order[index * self.size : (index + 1) * self.size]
 
 
 def inputs(dataset: Dataset, input: str) -> Callable[[np.ndarray], np.ndarray]:

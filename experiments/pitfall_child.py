@@ -11,14 +11,12 @@ not trained again. TensorFlow 1's variables are left there as an .npz file,
 for a process of another Keras to move into a model.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import sys
 from collections.abc import Callable
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ from experiments import child_process
 from experiments import data
 from experiments import pitfall_arms
 from experiments import result_files
+from experiments import run_model
 from experiments.pitfall_arms import Arm
 from experiments.run_settings import Settings
 
@@ -99,7 +98,7 @@ class Arms:
             self._dataset.test_labels,
             self._on_step,
         )
-        with _replacing(path) as incomplete:
+        with atomic.replacing(path) as incomplete:
             np.savez(incomplete, test_accuracy=accuracy, **values)
 
     def examine(self, arm: Arm) -> dict:
@@ -115,7 +114,7 @@ class Arms:
             facts = self._move(arm, path)
         elif not os.path.exists(path):
             model = self._train(arm)
-            with _replacing(path) as incomplete:
+            with atomic.replacing(path) as incomplete:
                 model.save(incomplete)
         dataset = self._dataset
         if arm.form == "f":
@@ -141,15 +140,14 @@ class Arms:
         return pitfall_arms.training_steps(arm.trained_as, self._settings.steps)
 
     def _move(self, arm, path):
-        from experiments import train
         from experiments.pitfall_loops import tensorflow1
 
         with np.load(variables_path(self._output, arm)) as file:
             values = dict(file)
         accuracy = float(values.pop("test_accuracy"))
-        model = train.network(self._settings)
+        model = run_model.network(self._settings)
         tensorflow1.move(values, model)
-        with _replacing(path) as incomplete:
+        with atomic.replacing(path) as incomplete:
             model.save(incomplete)
         return {"test_accuracy_in_session": accuracy}
 
@@ -167,9 +165,8 @@ class Arms:
     def _fit(self, arm, batches):
         """Trains as Keras does; arm e_enough draws the curve on its way."""
         from experiments import pitfall_examination
-        from experiments import train
 
-        model = train.build(self._settings)
+        model = run_model.build(self._settings)
         steps, curve = self._steps(arm), []
         for step in range(1, steps + 1):
             model.train_on_batch(*batches[step - 1])
@@ -204,18 +201,6 @@ def model_path(output: Path, arm: Arm) -> Path:
 def variables_path(output: Path, arm: Arm) -> Path:
     """Where TensorFlow 1's variables of an arm are kept."""
     return output / "models" / f"{arm.name}.npz"
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Gives a path of the same suffix to write to; on success it is `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    incomplete = path.with_name(f"incomplete.{path.name}")
-    try:
-        yield incomplete
-        os.replace(incomplete, path)
-    finally:
-        incomplete.unlink(missing_ok=True)
 
 
 def main() -> None:

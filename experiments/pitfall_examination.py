@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments import data
-from experiments.train import EVALUATION_BATCH
+from experiments.evaluation import EVALUATION_BATCH
 
 if TYPE_CHECKING:
     import keras

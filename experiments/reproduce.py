@@ -6,10 +6,13 @@
 The first trains two conditions in minutes, the second all 12, which takes
 days on a CPU. Each has a folder of its own, for their settings differ. A
 finished run is not trained again and an interrupted one goes on, so the
-same command can be given until all is done. The report is written at the end.
+same command can be given until all is done; given several times at once, on
+one machine or on several that share the folder, the processes share the runs.
+The report is written at the end.
 """
 
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,10 +24,12 @@ from experiments import article
 from experiments import atomic
 from experiments import data
 from experiments import launch
+from experiments import ray_grid
 from experiments import report
 from experiments import report_summaries
 from experiments import require_backend
 from experiments import result_files
+from experiments import run_folder
 from experiments import run_settings
 from experiments import train
 from experiments.run_settings import Settings
@@ -40,6 +45,8 @@ PRESETS = {
         "eval_every": 156,
     },
 }
+
+_WAIT_SECONDS = 2.0
 
 
 def grid(conditions: Sequence[int], seeds: int, **settings) -> list[Settings]:
@@ -70,20 +77,26 @@ def run(
     runs: Sequence[Settings],
     dataset: data.Dataset,
     output: Path | str,
+    ray: str = "",
 ) -> dict[int, list[float]]:
     """Trains what is left to do of a grid.
+
+    Several processes may do so in one folder. Each takes a run that no other
+    is training, and returns when all of them are finished.
 
     Args:
         runs: what `grid` returns.
         dataset: what to train on.
         output: folder of all results.
+        ray: address of a Ray cluster whose workers train, see `ray_grid`;
+            empty: this process trains.
 
     Returns:
         Condition number -> final test accuracy (0 to 1) of each seed.
 
     Raises:
-        ExperimentError: as `train.run`; or the report could not have these
-            runs beside others in that folder.
+        ExperimentError: as `train.run` and `ray_grid.train`; or the report
+            could not have these runs beside others in that folder.
         KeyboardInterrupt: as `train.run`.
     """
     # Found out now rather than hours into the grid.
@@ -92,19 +105,43 @@ def run(
     result_files.check_addition(
         output, [train.describe(settings, dataset) for settings in runs]
     )
-    accuracies = {}
     with tqdm.tqdm(
         desc=f"all {len(runs)} runs",
         total=sum(settings.steps for settings in runs),
         unit=" steps",
         disable=None,
     ) as bar:
-        for settings in runs:
-            metrics = train.run(settings, dataset, output, bar.update)
-            accuracies.setdefault(settings.condition, []).append(
-                metrics[-1]["test_accuracy"]
-            )
+        if ray:
+            final = ray_grid.train(runs, dataset, output, ray, bar.update)
+        else:
+            final = _train(runs, dataset, output, bar)
+    accuracies = {}
+    for settings in runs:
+        accuracies.setdefault(settings.condition, []).append(final[settings])
     return accuracies
+
+
+def _train(runs, dataset, output, bar):
+    final = {}
+    while len(final) < len(runs):
+        done = len(final)
+        for settings in runs:
+            if settings in final:
+                continue
+            try:
+                metrics = train.run(settings, dataset, output, bar.update)
+            except run_folder.BusyError:
+                continue
+            final[settings] = metrics[-1]["test_accuracy"]
+        if len(final) == done:
+            _wait(len(runs) - done, bar)
+    return final
+
+
+def _wait(missing, bar):
+    """Waits for other processes: to finish runs, or to leave them behind."""
+    bar.set_description(f"{missing} runs are trained by other processes")
+    time.sleep(_WAIT_SECONDS)
 
 
 def table(
@@ -169,6 +206,13 @@ def define_flags() -> None:
         "The article's numbers, as 2,11 (default: the preset's).",
     )
     flags.DEFINE_integer("seeds", 1, "Number of seeds.")
+    flags.DEFINE_string(
+        "ray",
+        "",
+        "Have Ray's workers train: the address of a cluster, or local for "
+        "this machine's cores (default: this process trains, a run at a "
+        "time).",
+    )
 
 
 def runs_from_flags() -> list[Settings]:
@@ -194,7 +238,7 @@ def main(argv):
     require_backend()
     dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     print(f"{dataset.note}, {runs[0].steps:,} steps -> {output}")
-    accuracies = run(runs, dataset, output)
+    accuracies = run(runs, dataset, output, flags.FLAGS.ray)
     print(table(accuracies, runs[0].steps, dataset))
     if dataset.name != "cifar10":
         print(

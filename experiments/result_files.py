@@ -198,6 +198,38 @@ def check_addition(results_dir: Path | str, additions: Sequence[dict]) -> None:
     require_same_settings([*additions, *others])
 
 
+def differences(there: dict, now: dict) -> str:
+    """Says in which settings two descriptions of runs differ.
+
+    Args:
+        there: from a file, which may be older than some settings.
+        now: what `train.describe` returns.
+
+    Returns:
+        A text; empty if they differ in circumstances alone.
+    """
+    there = {**BEFORE, **there}
+    return "; ".join(
+        f"{name}={there.get(name)} there, {value} now"
+        for name, value in now.items()
+        if name not in CIRCUMSTANCES and there.get(name) != value
+    )
+
+
+def require_settings(folder: Path, there: dict, now: dict) -> None:
+    """Finds out whether a folder's results are of the same settings.
+
+    Raises:
+        ExperimentError: they are not, as `differences` says.
+    """
+    differing = differences(there, now)
+    if differing:
+        raise ExperimentError(
+            f"{folder} holds results of other settings ({differing}): give "
+            "those settings or another output, or delete the folder"
+        )
+
+
 def has_weights(folder: Path) -> bool:
     """Whether a run's folder has its final weights: training is done."""
     return os.path.exists(folder / "final.weights.h5")

@@ -8,8 +8,10 @@
                       last line; the first ones include compilation),
                       eval_seconds, images_per_second
     tensorboard/      the same metrics as TensorBoard logs
-    checkpoint.npz    the state at the last line, until the run is finished
+    checkpoint.npz    what to go on from, and previous.checkpoint.npz the one
+                      before it, until the run is finished
     final.weights.h5  the trained weights; there once the run is finished
+    lock              held by the process that trains
 
 The lines are JSON objects. Those of metrics.jsonl depend on run.json alone.
 """
@@ -21,18 +23,29 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
+import filelock
 
 from experiments import ExperimentError
 from experiments import atomic
+from experiments import checkpoint
 from experiments import result_files
+from experiments.checkpoint import Position
 
 if TYPE_CHECKING:
     import keras
+
+# Writing a checkpoint is followed by training for so many times as long, so
+# that a fast machine does not spend its time in writing them.
+_CHECKPOINT_SPACING = 50
+
+
+class BusyError(ExperimentError):
+    """Another process trains this run; the message is one line."""
 
 
 class RunFolder:
@@ -57,11 +70,17 @@ class RunFolder:
         self._weights = path / "final.weights.h5"
         self._metrics = path / "metrics.jsonl"
         self._timing = path / "timing.jsonl"
+        self._lock = path / "lock"
         self._board = None
+        self._saved = 0
+        self._next_checkpoint = 0.0
+        self._examine()
+
+    def _examine(self):
+        """Finds damage now rather than hours into a grid of runs."""
         if os.path.exists(self._facts):
             facts = result_files.read_facts(self._facts)
-            self._require_same({**result_files.BEFORE, **facts})
-            # Damage is found now rather than hours into a grid of runs.
+            result_files.require_settings(self.path, facts, self._description)
             self.metrics()
             self._read(result_files.read_timing)
         else:
@@ -70,6 +89,44 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return result_files.has_weights(self.path)
+
+    @property
+    def saved(self) -> int:
+        """The steps that were done at the last checkpoint."""
+        return self._saved
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training this run.
+
+        The system gives the lock back when this process ends, however it
+        does: a `kill -9` leaves none behind.
+
+        Raises:
+            BusyError: another process trains it.
+            ExperimentError: as on making this object; the folder may have
+                been begun since then.
+            OSError: the folder cannot be written to.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        # A soft lock would outlive a killed process.
+        lock = filelock.FileLock(
+            self._lock, blocking=False, fallback_to_soft=False
+        )
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise BusyError(
+                f"another process trains {self.path}: wait for it to end, or "
+                "give another output"
+            ) from error
+        try:
+            self._examine()
+            yield
+        finally:
+            # While it is held: who waits for it sees that it is gone.
+            self._lock.unlink(missing_ok=True)
+            lock.release()
 
     def _require_empty(self):
         for path in (
@@ -84,20 +141,6 @@ class RunFolder:
                     "that says what made it: give another output, or delete "
                     "the folder"
                 )
-
-    def _require_same(self, facts):
-        differing = [
-            f"{name}={facts.get(name)} there, {value} now"
-            for name, value in self._description.items()
-            if name not in result_files.CIRCUMSTANCES
-            and facts.get(name) != value
-        ]
-        if differing:
-            raise ExperimentError(
-                f"{self.path} holds a run of other settings "
-                f"({'; '.join(differing)}): give those settings or another "
-                "output, or delete the folder"
-            )
 
     def _write_facts(self):
         """Says what makes the run, from now on if it was begun earlier."""
@@ -114,21 +157,23 @@ class RunFolder:
             facts.setdefault("continued_by", []).append(now)
         atomic.write_text(self._facts, json.dumps(facts, indent=2) + "\n")
 
-    def resume(self, model: keras.Model) -> int:
+    def resume(self, model: keras.Model) -> Position:
         """Begins the run, or gives a model the state of its checkpoint.
 
         Lines and logs after the checkpoint are cut.
 
         Returns:
-            The number of training steps done.
+            How far the run is.
 
         Raises:
             ExperimentError: a file cannot be read or written, or ends before
-                the checkpoint.
+                the checkpoint, or the checkpoint cannot be used.
         """
-        step = 0
-        if self._checkpoint.exists():
-            step = restore(self._checkpoint, model)
+        position = Position(0, 0)
+        path = checkpoint.newest(self._checkpoint)
+        if path:
+            position = checkpoint.restore(path, model, self._description)
+        step = position.recorded
         kept = {
             path: [line for line in self._read(read) if line["step"] <= step]
             for path, read in (
@@ -143,12 +188,17 @@ class RunFolder:
                     f"{path} has no line of step {step}, where the run is to "
                     "go on: delete its folder to begin the run anew"
                 )
+        # What a killed process was writing.
+        for pattern in ("incomplete.*", ".*"):
+            for leftover in self.path.glob(pattern):
+                leftover.unlink()
         self._write_facts()
         for path, lines in kept.items():
             text = "".join(json.dumps(line) + "\n" for line in lines)
             atomic.write_text(path, text)
         self._board = _tensorboard(self.path / "tensorboard", self.metrics())
-        return step
+        self._saved = position.step
+        return position
 
     def metrics(self) -> list[dict]:
         """Returns the lines of metrics.jsonl.
@@ -166,12 +216,27 @@ class RunFolder:
         )
 
     def record(self, metrics: dict, timing: dict, model: keras.Model) -> None:
-        """Adds a line to each file and a checkpoint; both have "step"."""
+        """Adds a line to each file; both have "step".
+
+        A checkpoint is written too, unless the last one is so recent that
+        this would slow the training down.
+        """
         for path, line in ((self._metrics, metrics), (self._timing, timing)):
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         _log(self._board, metrics)
-        save(self._checkpoint, model, metrics["step"])
+        if time.monotonic() >= self._next_checkpoint:
+            step = metrics["step"]
+            self.save(model, Position(step, recorded=step))
+
+    def save(self, model: keras.Model, position: Position) -> None:
+        """Writes a checkpoint; the one before it is kept."""
+        began = time.monotonic()
+        self._lines_to_disk()
+        checkpoint.save(self._checkpoint, model, position, self._description)
+        now = time.monotonic()
+        self._saved = position.step
+        self._next_checkpoint = now + _CHECKPOINT_SPACING * (now - began)
 
     def finish(self, network: keras.Model) -> None:
         """Writes the weights, in whose presence the run is finished.
@@ -180,75 +245,30 @@ class RunFolder:
             network: not compiled, for else the optimizer's variables, twice
                 the size, would be written with the weights.
         """
-        with _replacing(self._weights) as path:
+        self._lines_to_disk()
+        with atomic.replacing(self._weights) as path:
             network.save_weights(path)
-        self._checkpoint.unlink()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Deletes what a finished run needs no more, where that is allowed."""
+        with contextlib.suppress(OSError):
+            for path in (
+                checkpoint.previous(self._checkpoint),
+                self._checkpoint,
+                self._lock,
+            ):
+                path.unlink(missing_ok=True)
+
+    def _lines_to_disk(self):
+        # A checkpoint must not outlive the lines that were before it.
+        for path in (self._metrics, self._timing):
+            atomic.to_disk(path)
 
     def close(self) -> None:
         """Ends the TensorBoard logs."""
         if self._board:
             self._board.close()
-
-
-def save(path: Path, model: keras.Model, step: int) -> None:
-    """Writes a checkpoint: all of the model's and the optimizer's state.
-
-    Args:
-        path: file to write, whole or not at all.
-        model: a compiled model.
-        step: number of training steps done.
-    """
-    import keras
-
-    values = {
-        f"variable_{number}": keras.ops.convert_to_numpy(variable)
-        for number, variable in enumerate(state(model))
-    }
-    with _replacing(path) as incomplete, open(incomplete, "wb") as file:
-        np.savez(file, step=step, **values)
-
-
-def restore(path: Path, model: keras.Model) -> int:
-    """Gives a compiled model the state of a checkpoint; returns its step.
-
-    Raises:
-        ExperimentError: the file is not a checkpoint of such a model.
-    """
-    try:
-        with np.load(path) as saved:
-            variables = state(model)
-            if len(saved.files) != len(variables) + 1:
-                raise ValueError("another number of variables")
-            for number, variable in enumerate(variables):
-                variable.assign(saved[f"variable_{number}"])
-            return int(saved["step"])
-    except Exception as error:  # zipfile's, NumPy's and the backend's own
-        raise _unreadable(path) from error
-
-
-def state(model: keras.Model) -> list[keras.Variable]:
-    """Returns all variables of a compiled model and of its optimizer."""
-    model.optimizer.build(model.trainable_variables)
-    # model.variables has what a .keras file leaves out: the state of
-    # dropout's random generator.
-    return [*model.variables, *model.optimizer.variables]
-
-
-def _unreadable(path):
-    return ExperimentError(
-        f"{path} cannot be read: delete its folder to begin the run anew"
-    )
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to; on success, what is there becomes `path`."""
-    incomplete = path.with_name(f"incomplete.{path.name}")
-    try:
-        yield incomplete
-        os.replace(incomplete, path)
-    finally:
-        incomplete.unlink(missing_ok=True)
 
 
 def _tensorboard(folder, metrics):

@@ -4,23 +4,22 @@
 
 `experiments.distribution` says how it is spread over devices and processes.
 The run's folder is ``OUTPUT/CONDITION/SEED/``; `run_folder` says what is in
-it. A run that was interrupted goes on from its last evaluation, on a CPU with
-the metrics of an undisturbed run bit for bit.
+it. A run that was interrupted goes on from its last checkpoint, on a CPU with
+the metrics of an undisturbed run bit for bit. Told to stop by Ctrl-C or
+SIGTERM, it finishes the step in hand and writes a checkpoint of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import tqdm
 from absl import flags
 
 from experiments import ExperimentError
@@ -28,20 +27,16 @@ from experiments import article
 from experiments import atomic
 from experiments import data
 from experiments import distribution
+from experiments import gpu_check
 from experiments import launch
-from experiments import models
-from experiments import raise_if_interrupted
 from experiments import require_backend
 from experiments import result_files
 from experiments import run_folder
+from experiments import run_model
 from experiments import run_settings
+from experiments import training
 from experiments.distribution.workers import Workers
 from experiments.run_settings import Settings
-
-if TYPE_CHECKING:
-    import keras
-
-EVALUATION_BATCH = 500
 
 
 def check_output(settings: Settings, output: Path | str) -> None:
@@ -66,7 +61,7 @@ def run(
     dataset: data.Dataset,
     output: Path | str,
     on_steps: Callable[[int], None] = lambda steps: None,
-    workers: Workers = Workers(),
+    workers: Workers | None = None,
 ) -> list[dict]:
     """Trains one condition, or what is left of it to do.
 
@@ -77,17 +72,19 @@ def run(
         on_steps: called with each number of training steps that is newly
             done; the first call is for those done by an earlier program.
         workers: the processes that train together, all by this call; the
-            chief alone has a folder.
+            chief alone has a folder. None: this process alone, on one device.
 
     Returns:
         The objects in the run's metrics.jsonl; none if this is not the chief.
 
     Raises:
+        run_folder.BusyError: another process trains this run.
         ExperimentError: the folder holds a run of other settings, or damaged
             files, or cannot be read or written to; or the processes were
             given other settings or data than this one.
         KeyboardInterrupt: the run was interrupted; it says how to go on.
     """
+    workers = workers or distribution.one_device()
     if workers.processes > 1:
         facts = dataclasses.asdict(settings)
         workers.require_same(facts | {"dataset": dataset.digest[:12]})
@@ -95,21 +92,30 @@ def run(
     if workers.chief:
         folder = open_folder(settings, dataset, output, workers.replicas)
     if workers.from_chief(np.array(int(bool(folder and folder.finished)))):
+        if folder:
+            folder.tidy()
         on_steps(settings.steps)
     else:
         if folder:
             check_output(settings, output)
         try:
-            _train(settings, dataset, folder, on_steps, workers)
+            with folder.locked() if folder else contextlib.nullcontext():
+                _train(settings, dataset, folder, on_steps, workers)
         except OSError as error:
+            reason = error.strerror or str(error).split("\n")[0]
             raise ExperimentError(
-                f"cannot write to {settings.folder(output)} "
-                f"({error.strerror}): make room, or give another output"
+                f"cannot write to {settings.folder(output)} ({reason}): make "
+                "room, or give another output"
             ) from error
-        finally:
-            if folder:
-                folder.close()
     return folder.metrics() if folder else []
+
+
+def _train(settings, dataset, folder, on_steps, workers):
+    # Another process may have finished it before this one had the lock.
+    if folder and folder.finished:
+        on_steps(settings.steps)
+        return
+    training.Training(settings, dataset, folder, on_steps, workers).run()
 
 
 def open_folder(
@@ -128,42 +134,6 @@ def open_folder(
     )
 
 
-def make_optimizer(settings: Settings) -> keras.optimizers.Optimizer:
-    """Returns the optimizer of a run; Adam has TensorFlow 1's epsilon."""
-    import keras
-
-    rate = settings.learning_rate
-    if settings.optimizer == "adam":
-        return keras.optimizers.Adam(rate, epsilon=article.ADAM_EPSILON)
-    if settings.optimizer == "sgd":
-        return keras.optimizers.SGD(rate)
-    return keras.optimizers.RMSprop(rate)
-
-
-def build(settings: Settings) -> keras.Model:
-    """Returns the compiled model of a run, at its initial weights."""
-    import keras
-
-    model = network(settings)
-    model.compile(
-        optimizer=make_optimizer(settings),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-    return model
-
-
-def network(settings: Settings) -> keras.Model:
-    """Returns the network of a run, not compiled, at its initial weights."""
-    return models.build(
-        article.condition(settings.condition),
-        layer=settings.layer,
-        seed=settings.seed,
-        synchronized=settings.synchronized,
-        placement=settings.placement,
-    )
-
-
 def describe(
     settings: Settings, dataset: data.Dataset, replicas: int = 1
 ) -> dict:
@@ -171,7 +141,7 @@ def describe(
     import keras
 
     condition = article.condition(settings.condition)
-    optimizer = make_optimizer(settings)
+    optimizer = run_model.make_optimizer(settings)
     backend = keras.backend.backend()
     # Every backend's tensors know their device; TensorFlow's name is a path.
     device = str(keras.ops.zeros(()).device).rsplit("device:", 1)[-1]
@@ -210,132 +180,11 @@ def _revision():
         return "unknown"
 
 
-def _train(settings, dataset, folder, on_steps, workers):
-    batches = data.Batches(
-        dataset,
-        settings.batch_size,
-        settings.input,
-        settings.shuffle,
-        settings.seed,
-    )
-    test_images = data.inputs(dataset, settings.input)(dataset.test_images)
-    name = f"condition {settings.condition}, seed {settings.seed}"
-    model = build(settings)
-    step = folder.resume(model) if folder else 0
-    step = saved = int(workers.from_chief(np.array(step)))
-    workers.start(model, lambda: build(settings))
-    on_steps(step)
-    bar = tqdm.tqdm(
-        desc=name,
-        total=settings.steps * settings.batch_size,
-        initial=step * settings.batch_size,
-        unit=" images",
-        unit_scale=True,
-        disable=None if folder else True,
-        leave=False,
-    )
-    try:
-        while step < settings.steps:
-            until = step - step % settings.eval_every + settings.eval_every
-            until = min(until, settings.steps)
-            train, began = Mean(), time.perf_counter()
-            while step < until:
-                raise_if_interrupted()
-                inputs, labels = batches[step]
-                logs = workers.train_on_batch(inputs, labels)
-                train.add(logs, len(labels))
-                step += 1
-                on_steps(1)
-                bar.set_postfix(train.values(), refresh=False)
-                bar.update(len(labels))
-            trained = time.perf_counter()
-            workers.collect()
-            test = _evaluate_together(
-                workers, model, test_images, dataset.test_labels
-            )
-            metrics = {
-                "step": step,
-                "train_loss": train.values()["loss"],
-                "train_accuracy": train.values()["accuracy"],
-                "test_loss": test["loss"],
-                "test_accuracy": test["accuracy"],
-            }
-            timing = {
-                "step": step,
-                "train_seconds": trained - began,
-                "eval_seconds": time.perf_counter() - trained,
-                "images_per_second": train.count / (trained - began),
-            }
-            if folder:
-                folder.record(metrics, timing, model)
-            saved = step
-        if folder:
-            trained = network(settings)
-            trained.set_weights(model.get_weights())
-            folder.finish(trained)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{name}: stopped after step {step}; the same command goes on "
-            f"from step {saved}"
-        ) from None
-    finally:
-        bar.close()
-
-
-def _evaluate_together(workers, model, images, labels):
-    """Evaluates with each process a share of the images."""
-    if workers.processes == 1:
-        return evaluate(model, images, labels)
-    share = slice(workers.process, None, workers.processes)
-    count = len(labels[share])
-    sums = np.zeros(3)
-    if count:
-        own = evaluate(model, images[share], labels[share])
-        sums = np.array([own["loss"], own["accuracy"], 1.0]) * count
-    loss, accuracy, total = workers.sum(sums)
-    return {"loss": float(loss / total), "accuracy": float(accuracy / total)}
-
-
-def evaluate(
-    model: keras.Model, images: np.ndarray, labels: np.ndarray
-) -> dict[str, float]:
-    """Returns a compiled model's mean "loss" and "accuracy" in test.
-
-    Args:
-        model: from images to logits, compiled with the accuracy.
-        images: float32 (images, height, width, channels).
-        labels: int32 (images,).
-    """
-    mean = Mean()
-    for start in range(0, len(labels), EVALUATION_BATCH):
-        rows = slice(start, start + EVALUATION_BATCH)
-        logs = model.test_on_batch(images[rows], labels[rows], return_dict=True)
-        mean.add(logs, len(labels[rows]))
-    return mean.values()
-
-
-class Mean:
-    """Means over images of what Keras reports batch by batch."""
-
-    def __init__(self):
-        self.count = 0
-        self._sums = {}
-
-    def add(self, logs: dict[str, float], count: int) -> None:
-        """Adds a batch of `count` images, whose means are `logs`."""
-        self.count += count
-        for name, value in logs.items():
-            total = self._sums.get(name, 0.0) + float(value) * count
-            self._sums[name] = total
-
-    def values(self) -> dict[str, float]:
-        """Returns the means so far."""
-        return {name: x / self.count for name, x in self._sums.items()}
-
-
 def main(argv):
     del argv
     given = run_settings.given()
+    if flags.FLAGS.preset == "gpu_check":
+        return _check_gpu()
     if "condition" not in given:
         raise ExperimentError("give a condition, --condition=0 to 11")
     settings, output = Settings(**given), flags.FLAGS.output
@@ -358,10 +207,30 @@ def main(argv):
             )
 
 
+def _check_gpu():
+    require_backend()
+    for name in gpu_check.gpus():
+        print(f"GPU: {name}", flush=True)
+    dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
+    print(dataset.note, flush=True)
+    agree = [gpu_check.check(x, dataset) for x in gpu_check.CONDITIONS]
+    if not all(agree):
+        raise ExperimentError(
+            "the GPU's losses differ from the CPU's: see the lines above"
+        )
+
+
 def define_flags() -> None:
     """Defines this program's flags."""
+    flags.DEFINE_enum(
+        "preset",
+        None,
+        ["gpu_check"],
+        "gpu_check: check and time TensorFlow on this machine's GPU; no "
+        "condition is given, and nothing is written.",
+    )
     flags.DEFINE_integer(
-        "condition", None, "The article's number, 0 to 11; required."
+        "condition", None, "The article's number, 0 to 11."
     )
     flags.DEFINE_integer("seed", 0, "Of kernels, dropout and shuffling.")
     distribution.define_flags()

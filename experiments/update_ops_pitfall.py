@@ -73,19 +73,8 @@ def open_folder(facts: dict, output: Path) -> list[dict]:
     """
     path, results = output / "run.json", output / _RESULTS
     if os.path.exists(path):
-        before = result_files.read_facts(path)
-        differing = [
-            f"{name}={before.get(name)} there, {value} now"
-            for name, value in facts.items()
-            if name not in result_files.CIRCUMSTANCES
-            and before.get(name) != value
-        ]
-        if differing:
-            raise ExperimentError(
-                f"{output} holds results of other settings "
-                f"({'; '.join(differing)}): give those settings or another "
-                "output, or delete the folder"
-            )
+        there = result_files.read_facts(path)
+        result_files.require_settings(output, there, facts)
         return _read_lines(results, {"arm"}) if os.path.exists(results) else []
     if os.path.exists(results) or os.path.exists(output / "models"):
         raise ExperimentError(

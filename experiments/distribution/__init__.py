@@ -166,6 +166,22 @@ def _workers(name, time_limit, cpu_devices):
         from experiments.distribution import torch
 
         return torch.ddp(time_limit)
+    return one_device()
+
+
+def one_device() -> Workers:
+    """Returns what trains in this process alone, on one device."""
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        # On a CPU there is no trip to save, and XLA's convolutions are
+        # several times as slow within a loop.
+        if jax.default_backend() != "cpu":
+            from experiments.device_loop import DeviceLoop
+
+            return DeviceLoop()
     return Workers()
 
 

@@ -15,15 +15,17 @@ import numpy as np
 import tqdm
 
 from experiments import ExperimentError
+from experiments import data
+from experiments import evaluation
 from experiments import raise_if_interrupted
-from experiments.run_folder import state
+from experiments.checkpoint import state
 
 if TYPE_CHECKING:
     import keras
 
 
 # What an interrupted process says that can do no more.
-INTERRUPTED = "interrupted: the same command goes on from the last evaluation"
+INTERRUPTED = "interrupted: the same command goes on from the last checkpoint"
 
 
 class Workers:
@@ -54,6 +56,21 @@ class Workers:
         """
         self._model = model
 
+    def take_steps(
+        self, batches: data.Batches, step: int, until: int
+    ) -> list[dict[str, float]]:
+        """Takes training steps, as many as it likes to take together.
+
+        Args:
+            batches: every process has all of them.
+            step: the first one's number; how many are done.
+            until: how many are done at most then, more than `step`.
+
+        Returns:
+            "loss" and "accuracy" of each, means over its batch.
+        """
+        return [self.train_on_batch(*batches[step])]
+
     def train_on_batch(
         self, inputs: np.ndarray, labels: np.ndarray
     ) -> dict[str, float]:
@@ -66,6 +83,12 @@ class Workers:
 
     def collect(self) -> None:
         """Gives the model of `start` the state of the replicas."""
+
+    def evaluate(
+        self, images: np.ndarray, labels: np.ndarray
+    ) -> dict[str, float]:
+        """Returns what `evaluation.evaluate` does, after `collect`."""
+        return evaluation.evaluate(self._model, images, labels)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Adds up, element by element, what the processes give."""
@@ -189,7 +212,7 @@ class Replicas(Workers):
             raise ExperimentError(
                 f"{doing} failed, most likely because another worker ended "
                 f"({_reason(error)}): see what the others say, then start all "
-                "of them again to go on from the last evaluation"
+                "of them again to go on from the last checkpoint"
             ) from error
         finally:
             timer.cancel()
@@ -206,7 +229,7 @@ def no_answer(doing: str, seconds: float) -> str:
     return (
         f"error: {doing}: another worker did not answer within {seconds:g} "
         "seconds (time_limit); start all of them again to go on from the "
-        "last evaluation"
+        "last checkpoint"
     )
 
 

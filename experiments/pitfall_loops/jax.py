@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from experiments import data
-from experiments import train as training
+from experiments.pitfall_loops import begin
 from experiments.run_settings import Settings
 
 if TYPE_CHECKING:
@@ -36,12 +36,8 @@ def train(
         The network, not compiled.
     """
     import jax
-    import keras
 
-    model = training.network(settings)
-    optimizer = training.make_optimizer(settings)
-    optimizer.build(model.trainable_variables)
-    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model, optimizer, loss_of = begin(settings)
 
     def loss_and_updates(trainable, non_trainable, images, labels):
         logits, non_trainable = model.stateless_call(

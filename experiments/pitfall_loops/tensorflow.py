@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from experiments import data
-from experiments import train as training
+from experiments.pitfall_loops import begin
 from experiments.run_settings import Settings
 
 if TYPE_CHECKING:
@@ -30,13 +30,9 @@ def train(
     Returns:
         The network, not compiled.
     """
-    import keras
     import tensorflow as tf
 
-    model = training.network(settings)
-    optimizer = training.make_optimizer(settings)
-    optimizer.build(model.trainable_variables)
-    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model, optimizer, loss_of = begin(settings)
     mode = {"training": True} if right else {}
 
     @tf.function

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from experiments import data
+from experiments.evaluation import EVALUATION_BATCH
 from experiments.run_settings import Settings
-from experiments.train import EVALUATION_BATCH
 
 # From the names that `tf.layers` gives in the article's network to those of
 # `experiments.models`.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from experiments import data
-from experiments import train as training
+from experiments.pitfall_loops import begin
 from experiments.run_settings import Settings
 
 if TYPE_CHECKING:
@@ -37,10 +37,7 @@ def train(
     import keras
     import torch
 
-    model = training.network(settings)
-    optimizer = training.make_optimizer(settings)
-    optimizer.build(model.trainable_variables)
-    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model, optimizer, loss_of = begin(settings)
     mode = {"training": True} if right else {}
     model.train()
     for number in range(settings.steps):

@@ -14,6 +14,7 @@ from experiments import ExperimentError
 from experiments import article
 from experiments import data
 from experiments import download
+from experiments import run_model
 from experiments import train
 
 
@@ -234,7 +235,7 @@ def test_a_batch_larger_than_the_data():
 
 def test_batches_cost_little_beside_a_training_step(digits):
     settings = train.Settings(condition=0)
-    model = train.build(settings)
+    model = run_model.build(settings)
 
     def best(task, repetitions):
         seconds = []

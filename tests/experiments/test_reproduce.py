@@ -1,8 +1,10 @@
 """The grid of conditions and seeds."""
 
 import dataclasses
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from experiments import ExperimentError
 from experiments import article
 from experiments import data
 from experiments import reproduce
+from experiments import run_folder
 from experiments import train
 
 _ROOT = Path(__file__).parents[2]
@@ -112,6 +115,99 @@ def test_results_that_share_no_report_are_found_before_training(
     said = "differ in optimizer: adam in 2/0, sgd in 0/0"
     with pytest.raises(ExperimentError, match=said):
         reproduce.run(adam, few, tmp_path)
+
+
+def test_what_others_train_is_waited_for(few, tmp_path, monkeypatch):
+    runs = reproduce.grid((0, 9), 2, steps=1, batch_size=4)
+    asked, busy = [], {runs[0]: 3, runs[2]: 1}
+
+    def run(settings, dataset, output, on_steps):
+        asked.append(runs.index(settings))
+        if busy.get(settings):
+            busy[settings] -= 1
+            raise run_folder.BusyError
+        return [{"test_accuracy": settings.condition / 10 + settings.seed}]
+
+    monkeypatch.setattr(train, "run", run)
+    waited = []
+    monkeypatch.setattr(reproduce.time, "sleep", waited.append)
+    found = reproduce.run(runs, few, tmp_path)
+    assert found == {0: [0.0, 1.0], 9: [0.9, 1.9]}
+    assert asked == [0, 1, 2, 3, 0, 2, 0, 0]
+    assert len(waited) == 1
+
+
+# Notes each training that begins, before it does.
+_NOTING = """
+import os, sys
+from experiments import launch, reproduce, training
+run, notes = training.Training.run, sys.argv.pop()
+def noted(self):
+    with open(notes, "a") as file:
+        print(os.getpid(), self._name, file=file)
+    run(self)
+training.Training.run = noted
+reproduce.define_flags()
+launch(reproduce.main)
+"""
+
+
+def test_two_processes_share_a_grid_and_one_is_killed(tmp_path):
+    notes = tmp_path / "notes"
+    notes.write_text("")
+    flags = [
+        "--dataset=digits",
+        "--conditions=0,3",
+        "--seeds=2",
+        "--steps=12",
+        "--eval_every=12",
+        "--batch_size=8",
+        f"--output={tmp_path / 'results'}",
+    ]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _NOTING, *flags, str(notes)],
+            cwd=_ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+
+    def begun():
+        lines = [x.split(maxsplit=1) for x in notes.read_text().splitlines()]
+        return [(int(pid), name) for pid, name in lines]
+
+    killed, other = processes
+    try:
+        start = time.monotonic()
+        while killed.pid not in dict(begun()):
+            assert killed.poll() is None, killed.communicate()
+            assert time.monotonic() - start < 240
+            time.sleep(0.01)
+        killed.kill()
+        killed.wait()
+        said, errors = other.communicate(timeout=400)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert other.returncode == 0, errors
+    assert [line.split()[0] for line in said.splitlines()[2:4]] == ["0", "3"]
+    names = {
+        f"condition {condition}, seed {seed}"
+        for condition in (0, 3)
+        for seed in (0, 1)
+    }
+    by_killed, by_other = (
+        [name for pid, name in begun() if pid == process.pid]
+        for process in processes
+    )
+    # What the killed one was training, and nothing else, is begun again.
+    assert sorted(by_killed[:-1] + by_other) == sorted(names)
+    assert by_killed[-1] in by_other
+    assert not [x for x in os.listdir(tmp_path / "results/0/0") if x == "lock"]
 
 
 @pytest.mark.parametrize(

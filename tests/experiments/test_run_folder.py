@@ -1,16 +1,16 @@
-"""Checkpoints, and a run's folder."""
+"""A run's folder."""
 
 import json
 import os
 import sys
 
 import keras
-import numpy as np
 import pytest
 
 from experiments import ExperimentError
 from experiments import result_files
 from experiments import run_folder
+from experiments.checkpoint import Position
 
 
 def _model(seed=0):
@@ -27,76 +27,6 @@ def _model(seed=0):
     )
     model.compile(optimizer="adam", loss="mse")
     return model
-
-
-def _values(model):
-    return [
-        keras.ops.convert_to_numpy(variable)
-        for variable in [*model.variables, *model.optimizer.variables]
-    ]
-
-
-def _train(model):
-    random = np.random.default_rng(0)
-    model.train_on_batch(
-        random.normal(size=(5, 4)).astype("float32"),
-        random.normal(size=(5, 3)).astype("float32"),
-    )
-
-
-def test_a_checkpoint_holds_all_state(tmp_path):
-    model = _model()
-    generator = model.get_layer("dropout").seed_generator
-    begun = keras.ops.convert_to_numpy(generator.state).tolist()
-    _train(model)
-    # A .keras file lacks this one; without it other units would be dropped.
-    drawn = keras.ops.convert_to_numpy(generator.state).tolist()
-    assert drawn != begun
-    run_folder.save(tmp_path / "checkpoint.npz", model, 1)
-
-    other = _model(seed=5)
-    assert run_folder.restore(tmp_path / "checkpoint.npz", other) == 1
-    state = other.get_layer("dropout").seed_generator.state
-    assert keras.ops.convert_to_numpy(state).tolist() == drawn
-    assert int(other.optimizer.iterations) == 1
-    for step in range(2):
-        for one, another in zip(_values(model), _values(other), strict=True):
-            np.testing.assert_array_equal(one, another)
-        _train(model)
-        _train(other)
-
-
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    model = _model()
-    path = tmp_path / "checkpoint.npz"
-    run_folder.save(path, model, 3)
-
-    def half(file, **arrays):
-        file.write(b"PK")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", half)
-    with pytest.raises(OSError):
-        run_folder.save(path, model, 4)
-    assert os.listdir(tmp_path) == ["checkpoint.npz"]
-    assert run_folder.restore(path, model) == 3
-
-
-def test_a_corrupt_checkpoint_is_named(tmp_path):
-    path = tmp_path / "checkpoint.npz"
-    run_folder.save(path, _model(), 3)
-    os.truncate(path, 1000)
-    with pytest.raises(ExperimentError, match=f"{path} cannot be read"):
-        run_folder.restore(path, _model())
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    path = tmp_path / "checkpoint.npz"
-    run_folder.save(path, _model(), 3)
-    other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    other.compile(optimizer="adam", loss="mse")
-    with pytest.raises(ExperimentError, match=f"{path} cannot be read"):
-        run_folder.restore(path, other)
 
 
 def _description(**changes):
@@ -120,7 +50,7 @@ def test_other_circumstances_may_continue_and_are_said(tmp_path):
     for revision in ("one", "one", "two", "two"):
         description = _description(revision=revision)
         folder = run_folder.RunFolder(tmp_path, description)
-        assert folder.resume(_model()) == 0
+        assert folder.resume(_model()) == Position(0, 0)
         folder.close()
     continued = {name: description[name] for name in result_files.CIRCUMSTANCES}
     assert _facts(tmp_path) == {**_description(), "continued_by": [continued]}
@@ -172,8 +102,9 @@ def _timing(step):
 
 
 @pytest.fixture
-def interrupted(tmp_path):
+def interrupted(tmp_path, monkeypatch):
     """A folder whose run was interrupted after step 4 of 5."""
+    monkeypatch.setattr(run_folder, "_CHECKPOINT_SPACING", 0)
     folder, model = run_folder.RunFolder(tmp_path, _description()), _model()
     folder.resume(model)
     for step in (2, 4):
@@ -184,9 +115,77 @@ def interrupted(tmp_path):
 
 def _resume(path):
     folder = run_folder.RunFolder(path, _description())
-    step = folder.resume(_model())
+    position = folder.resume(_model())
     folder.close()
-    return step, [line["step"] for line in folder.metrics()]
+    return position.step, [line["step"] for line in folder.metrics()]
+
+
+def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
+
+    def save(path, model, position, description):
+        nonlocal now
+        now += 2.0
+
+    monkeypatch.setattr(run_folder.checkpoint, "save", save)
+    description, model = _description(steps=200), _model()
+    folder = run_folder.RunFolder(tmp_path, description)
+    folder.resume(model)
+    saved = []
+    for step in range(1, 200):
+        now += 1.0
+        folder.record(_metrics(step), _timing(step), model)
+        saved.append(folder.saved)
+    assert sorted(set(saved)) == [1, 101]
+    assert len(folder.metrics()) == 199
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
+    first, second = (
+        run_folder.RunFolder(tmp_path / "9", _description()) for _ in range(2)
+    )
+    with first.locked():
+        with pytest.raises(run_folder.BusyError) as error:
+            with second.locked():
+                pass
+        assert str(error.value).startswith(
+            f"another process trains {tmp_path / '9'}: wait"
+        )
+        first.resume(_model())
+        first.close()
+    assert not (tmp_path / "9" / "lock").exists()
+    with second.locked():
+        pass
+    # What another process has done since is seen when it ends.
+    other = run_folder.RunFolder(tmp_path / "10", _description())
+    (tmp_path / "10").mkdir()
+    (tmp_path / "10" / "run.json").write_text(json.dumps(_description(steps=6)))
+    with pytest.raises(ExperimentError, match="steps=6 there, 5 now"):
+        with other.locked():
+            pass
+
+
+def test_what_a_killed_process_was_writing_goes(interrupted):
+    for name in ("incomplete.checkpoint.npz", ".metrics.jsonl.x1"):
+        (interrupted / name).write_text("half")
+    assert _resume(interrupted) == (4, [2, 4])
+    assert sorted(os.listdir(interrupted)) == [
+        "checkpoint.npz",
+        "metrics.jsonl",
+        "previous.checkpoint.npz",
+        "run.json",
+        "tensorboard",
+        "timing.jsonl",
+    ]
+
+
+def test_the_checkpoint_before_is_gone_on_from(interrupted):
+    (interrupted / "checkpoint.npz").write_bytes(b"PK")
+    with pytest.raises(ExperimentError, match="delete it to go on"):
+        _resume(interrupted)
+    (interrupted / "checkpoint.npz").unlink()
+    assert _resume(interrupted) == (2, [2])
 
 
 def test_a_torn_last_line_alone_is_dropped(interrupted):

@@ -17,7 +17,9 @@ import experiments
 from experiments import ExperimentError
 from experiments import article
 from experiments import data
+from experiments import evaluation
 from experiments import models
+from experiments import run_model
 from experiments import train
 
 _ROOT = Path(__file__).parents[2]
@@ -166,9 +168,9 @@ def test_tensorboard_logs_have_the_metrics(undisturbed):
 def test_final_weights_are_the_networks(undisturbed, few):
     network = models.build(article.CONDITIONS[11], seed=1)
     network.load_weights(undisturbed / "final.weights.h5")
-    model = train.build(_settings(seed=1))
+    model = run_model.build(_settings(seed=1))
     model.set_weights(network.get_weights())
-    test = train.evaluate(
+    test = evaluation.evaluate(
         model, few.test_images.astype("float32"), few.test_labels
     )
     last = _read(undisturbed / "metrics.jsonl")[-1]
@@ -283,7 +285,7 @@ def test_settings_out_of_range(changes, received):
     ],
 )
 def test_optimizers(name, kind, epsilon):
-    optimizer = train.make_optimizer(
+    optimizer = run_model.make_optimizer(
         _settings(optimizer=name, learning_rate=0.25)
     )
     assert type(optimizer).__name__ == kind
@@ -292,8 +294,8 @@ def test_optimizers(name, kind, epsilon):
 
 
 def test_evaluation_is_over_all_images(monkeypatch):
-    monkeypatch.setattr(train, "EVALUATION_BATCH", 4)
-    model = train.build(_settings(condition=9))
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 4)
+    model = run_model.build(_settings(condition=9))
     random = np.random.default_rng(0)
     images = random.uniform(0, 255, (10, 32, 32, 3)).astype(np.float32)
     labels = np.arange(10, dtype=np.int32)
@@ -301,7 +303,7 @@ def test_evaluation_is_over_all_images(monkeypatch):
     logits = logits.astype(np.float64)
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_probabilities = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    result = train.evaluate(model, images, labels)
+    result = evaluation.evaluate(model, images, labels)
     assert result["loss"] == pytest.approx(
         -log_probabilities[labels, labels].mean(), rel=1e-4
     )
@@ -311,7 +313,7 @@ def test_evaluation_is_over_all_images(monkeypatch):
 
 
 def test_mean_is_over_images_not_batches():
-    mean = train.Mean()
+    mean = evaluation.Mean()
     mean.add({"loss": 1.0}, 3)
     mean.add({"loss": 5.0}, 1)
     assert mean.count == 4

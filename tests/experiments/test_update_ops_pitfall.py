@@ -21,6 +21,7 @@ from experiments import pitfall_arms
 from experiments import pitfall_child
 from experiments import pitfall_examination
 from experiments import pitfall_figures
+from experiments import run_model
 from experiments import train
 from experiments import update_ops_pitfall
 from experiments.run_settings import Settings
@@ -113,7 +114,7 @@ def test_loops_train_as_keras_does(results, few):
         # it learned of the data after normalizing with it.
         (wrong, (lambda x: None) if _BACKEND == "jax" else keras_bn.freeze),
     ):
-        theirs = train.build(_SETTINGS)
+        theirs = run_model.build(_SETTINGS)
         before(theirs)
         for step in range(_SETTINGS.steps):
             theirs.train_on_batch(*batches[step])
@@ -339,7 +340,7 @@ def test_a_refusal_is_kept_and_overruled(few, monkeypatch):
         return keras_bn.diagnostics.recalibrate.Recalibration()
 
     monkeypatch.setattr(keras_bn, "recalibrate", recalibrate)
-    facts = pitfall_examination.examine(train.network(_SETTINGS), few)
+    facts = pitfall_examination.examine(run_model.network(_SETTINGS), few)
     assert asked == [False, True]
     assert facts["refusal"] == "trained in inference"
 

@@ -1,0 +1,137 @@
+"""Checks and times TensorFlow on this machine's GPU, beside its CPU.
+
+    python -m experiments.train --preset=gpu_check
+
+For conditions 0 and 9, the article's without and with batch normalization:
+the test loss before training and after a few steps on each device, and the
+steps per second. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from experiments import ExperimentError
+from experiments import checkpoint
+from experiments import data
+from experiments import evaluation
+from experiments import run_model
+from experiments.run_settings import Settings
+
+CONDITIONS = (0, 9)
+COMPARED_STEPS = 10
+TIMED_STEPS = 500
+TEST_IMAGES = 1_000
+# How much of the CPU's loss the GPU's may differ by. TensorFlow multiplies
+# with 10 bits after the point on recent GPUs (TF32), and Adam's first steps
+# make as much of a small gradient as of a large one.
+TOLERANCES = {0: 0.01, COMPARED_STEPS: 0.1}
+
+
+def gpus() -> list[str]:
+    """Returns the names of TensorFlow's GPUs.
+
+    Raises:
+        ExperimentError: Keras runs on another backend, or there is none.
+    """
+    import keras
+
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        raise ExperimentError(
+            "gpu_check is TensorFlow's: set KERAS_BACKEND=tensorflow. "
+            f"Received: KERAS_BACKEND={backend}"
+        )
+    import tensorflow as tf
+
+    found = tf.config.list_physical_devices("GPU")
+    if not found:
+        raise ExperimentError(
+            "gpu_check needs a GPU, and TensorFlow finds none: install "
+            "tensorflow[and-cuda] and NVIDIA's driver, or train on the CPU "
+            "with --condition=9"
+        )
+    details = map(tf.config.experimental.get_device_details, found)
+    return [x.get("device_name", "GPU of unknown name") for x in details]
+
+
+def check(
+    condition: int,
+    dataset: data.Dataset,
+    device: str = "GPU:0",
+    timed_steps: int = TIMED_STEPS,
+    write: Callable[[str], None] = print,
+) -> bool:
+    """Trains a condition for a moment on a device and on the CPU.
+
+    Args:
+        condition: the article's number.
+        dataset: what to train on.
+        device: TensorFlow's name of it.
+        timed_steps: how many steps to time.
+        write: is given each line that is to be said.
+
+    Returns:
+        Whether the losses agree.
+    """
+    settings, agree = Settings(condition), True
+    losses = {}
+    for where in ("CPU:0", device):
+        # The device's model is kept for what is timed.
+        model, losses[where] = _losses(settings, dataset, where)
+    for step, tolerance in TOLERANCES.items():
+        expected, found = losses["CPU:0"][step], losses[device][step]
+        differs = abs(found - expected) > tolerance * expected
+        agree = agree and not differs
+        write(
+            f"condition {condition}, step {step}: test loss {found:.4f} on "
+            f"{device}, {expected:.4f} on CPU:0: "
+            f"{'DIFFERS' if differs else 'agrees'} ({tolerance:.0%})"
+        )
+    speed, bare = _speeds(model, settings, dataset, device, timed_steps)
+    write(
+        f"condition {condition}: {speed:.0f} steps/s, {bare:.0f} steps/s of "
+        "computing alone"
+    )
+    return agree
+
+
+def _losses(settings, dataset, device):
+    import tensorflow as tf
+
+    batches = data.Batches(dataset, settings.batch_size)
+    images = batches.prepare(dataset.test_images[:TEST_IMAGES])
+    labels = dataset.test_labels[:TEST_IMAGES]
+    losses = {}
+    with tf.device(device):
+        model = run_model.build(settings)
+        checkpoint.state(model)  # makes the optimizer's variables here
+        for step in range(COMPARED_STEPS + 1):
+            if step in TOLERANCES:
+                test = evaluation.evaluate(model, images, labels)
+                losses[step] = test["loss"]
+            if step < COMPARED_STEPS:
+                model.train_on_batch(*batches[step])
+    return model, losses
+
+
+def _speeds(model, settings, dataset, device, steps):
+    """Returns steps per second: as trained, and of what is compiled alone."""
+    import tensorflow as tf
+
+    batches = data.Batches(dataset, settings.batch_size)
+    with tf.device(device):
+        began = time.perf_counter()
+        for step in range(steps):
+            model.train_on_batch(*batches[step])
+        trained = time.perf_counter() - began
+        compiled = tf.function(model.train_step, jit_compile=model.jit_compile)
+        batch = tuple(map(tf.constant, batches[0]))
+        compiled(batch)
+        began = time.perf_counter()
+        for step in range(steps):
+            logs = compiled(batch)
+        float(logs["loss"])  # waits for all
+        bare = time.perf_counter() - began
+    return steps / trained, steps / bare

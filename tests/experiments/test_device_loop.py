@@ -1,0 +1,105 @@
+"""JAX's loop of steps, beside Keras's `train_on_batch`."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import data
+from experiments import device_loop
+from experiments import evaluation
+from experiments import run_folder
+from experiments import run_model
+from experiments import train
+from experiments.distribution.workers import Workers
+from experiments.run_settings import Settings
+
+# Condition 11 has all there is: moving statistics and dropout's generator.
+_SETTINGS = Settings(
+    11, steps=5, eval_every=3, batch_size=4, shuffle=True, input="standardized"
+)
+
+
+@pytest.fixture(scope="module")
+def few():
+    digits = data.load("digits")
+    return dataclasses.replace(
+        digits,
+        train_images=digits.train_images[:12],
+        train_labels=digits.train_labels[:12],
+        test_images=digits.test_images[:10],
+        test_labels=digits.test_labels[:10],
+    )
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Few steps a call, and a last batch of test images that is smaller."""
+    monkeypatch.setattr(device_loop, "_MOST_STEPS", 2)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 4)
+
+
+def _begin(workers):
+    model = run_model.build(_SETTINGS)
+    workers.start(model, lambda: None)
+    return model
+
+
+def test_steps_and_evaluation_are_those_of_keras(few):
+    batches = data.Batches(few, 4, "standardized", shuffle=True, seed=0)
+    images = batches.prepare(few.test_images)
+    found = []
+    for workers in (Workers(), device_loop.DeviceLoop()):
+        model, reports = _begin(workers), []
+        # Two epochs: each has its own order.
+        while len(reports) < 5:
+            reports += workers.take_steps(batches, len(reports), 5)
+        workers.collect()
+        tested = workers.evaluate(images, few.test_labels)
+        statistics = [
+            np.array(x.value)
+            for x in model.non_trainable_variables
+            if "moving" in x.name
+        ]
+        states = [
+            np.array(x.seed_generator.state.value)
+            for x in model.layers
+            if hasattr(x, "seed_generator")
+        ]
+        assert int(model.optimizer.iterations) == 5
+        found.append((reports, tested, statistics, states))
+    (keras_reports, keras_test, *keras_state), (reports, test, *state) = found
+    for expected, report in zip(keras_reports, reports, strict=True):
+        assert report == pytest.approx(expected, rel=2e-3)
+    assert test == pytest.approx(keras_test, rel=2e-2)
+    np.testing.assert_array_equal(state[1], keras_state[1])
+    for expected, value in zip(keras_state[0], state[0], strict=True):
+        np.testing.assert_allclose(value, expected, rtol=2e-2, atol=2e-3)
+
+
+def test_a_killed_run_is_the_undisturbed_run(few, tmp_path, monkeypatch):
+    """However many steps a call has, before and after."""
+    monkeypatch.setattr(run_folder, "_CHECKPOINT_SPACING", 0)
+    runs = {}
+    for name, seconds in (("one", 0.0), ("parts", 1e9)):
+        monkeypatch.setattr(device_loop, "_CALL_SECONDS", seconds)
+        calls = []
+
+        def kill(steps):
+            calls.append(steps)
+            if name == "parts" and sum(calls) == 5:
+                raise KeyboardInterrupt
+
+        if name == "parts":
+            with pytest.raises(KeyboardInterrupt, match="goes on from step 3"):
+                train.run(_SETTINGS, few, tmp_path / name, kill, _loop())
+            # The first call is alone, for it compiles.
+            assert calls == [0, 1, 2, 2]
+        train.run(_SETTINGS, few, tmp_path / name, workers=_loop())
+        folder = _SETTINGS.folder(tmp_path / name)
+        runs[name] = (folder / "metrics.jsonl").read_bytes()
+    assert runs["one"] == runs["parts"]
+
+
+def _loop():
+    return device_loop.DeviceLoop()
