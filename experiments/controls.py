@@ -261,6 +261,13 @@ class Results:
         ]
         return comparison.paired_difference(*sums)
 
+    def verdicts(self) -> list[str]:
+        """A sentence for each claim."""
+        return [
+            verdict(claim, self.difference(claim))
+            for claim in self.control.claims
+        ]
+
 
 def read(output: Path | str) -> list[Results]:
     """Reads the control experiments below a folder of results.

@@ -12,12 +12,10 @@ import numpy as np
 
 from experiments import data
 from experiments.evaluation import EVALUATION_BATCH
+from experiments.recalibrated import IMAGES
 
 if TYPE_CHECKING:
     import keras
-
-# The training images that `audit` and `recalibrate` are given.
-IMAGES = 5_120
 
 
 def examine(model: keras.Model, dataset: data.Dataset) -> dict:

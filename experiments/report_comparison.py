@@ -253,10 +253,6 @@ def control_chapters(
             f"{steps:,} steps."
         )
         figure = report_figures.figure(svg, caption, f"{caption} {words}.")
-        verdicts = [
-            controls.verdict(claim, results.difference(claim))
-            for claim in control.claims
-        ]
         command = (
             "<pre>python -m experiments.reproduce "
             f"--preset={control.name} --seeds=5</pre>"
@@ -264,7 +260,7 @@ def control_chapters(
         parts.append(
             section(
                 f"Control: {control.question}",
-                items(verdicts),
+                items(results.verdicts()),
                 figure,
                 command,
             )

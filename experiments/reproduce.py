@@ -2,13 +2,15 @@
 
     python -m experiments.reproduce
     python -m experiments.reproduce --preset=article --output=results/article
+    python -m experiments.reproduce --preset=input_and_order --seeds=5
 
 The first trains two conditions in minutes, the second all 12, which takes
-days on a CPU. Each has a folder of its own, for their settings differ. A
-finished run is not trained again and an interrupted one goes on, so the
-same command can be given until all is done; given several times at once, on
-one machine or on several that share the folder, the processes share the runs.
-The report is written at the end.
+days on a CPU, the third a control experiment (`experiments.controls`), whose
+results are below OUTPUT/controls. Each has a folder of its own, for their
+settings differ. A finished run is not trained again and an interrupted one
+goes on, so the same command can be given until all is done; given several
+times at once, on one machine or on several that share the folder, the
+processes share the runs. The report is written at the end.
 """
 
 import statistics
@@ -22,6 +24,7 @@ from absl import flags
 from experiments import ExperimentError
 from experiments import article
 from experiments import atomic
+from experiments import controls
 from experiments import data
 from experiments import launch
 from experiments import ray_grid
@@ -43,6 +46,14 @@ PRESETS = {
         "conditions": tuple(range(len(article.CONDITIONS))),
         "steps": article.STEPS,
         "eval_every": 156,
+    },
+    **{
+        name: {
+            "conditions": control.conditions,
+            "steps": controls.STEPS,
+            "eval_every": controls.EVAL_EVERY,
+        }
+        for name, control in controls.CONTROLS.items()
     },
 }
 
@@ -198,7 +209,9 @@ def define_flags() -> None:
         list(PRESETS),
         "What is left out of conditions, steps and eval_every. quick: "
         "conditions 2 and 11, 600 steps, evaluated every 100; article: all "
-        "12, 156000 steps, evaluated every 156.",
+        "12, 156000 steps, evaluated every 156; the others: control "
+        f"experiments, {controls.STEPS} steps, evaluated every "
+        f"{controls.EVAL_EVERY}, each arm in a folder of its own.",
     )
     flags.DEFINE_list(
         "conditions",
@@ -215,9 +228,14 @@ def define_flags() -> None:
     )
 
 
-def runs_from_flags() -> list[Settings]:
-    """Returns the grid that the flags ask for; raises as `grid`."""
-    given = {**PRESETS[flags.FLAGS.preset], **run_settings.given()}
+def grids_from_flags() -> dict[Path, list[Settings]]:
+    """Returns the grids that the flags ask for, by their folders of results.
+
+    Raises:
+        ExperimentError: as `grid`.
+    """
+    output, preset = Path(flags.FLAGS.output), flags.FLAGS.preset
+    given = {**PRESETS[preset], **run_settings.given()}
     if flags.FLAGS.conditions is not None:
         try:
             given["conditions"] = [int(x) for x in flags.FLAGS.conditions]
@@ -226,20 +244,34 @@ def runs_from_flags() -> list[Settings]:
                 "conditions are numbers from 0 to 11, as in 2,11. Received: "
                 f"conditions={','.join(flags.FLAGS.conditions)}"
             ) from error
-    return grid(seeds=flags.FLAGS.seeds, **given)
+    seeds = flags.FLAGS.seeds
+    if preset not in controls.CONTROLS:
+        return {output: grid(seeds=seeds, **given)}
+    control = controls.CONTROLS[preset]
+    return {
+        controls.folder(output, control, arm): grid(
+            seeds=seeds, **{**given, **arm.changes}
+        )
+        for arm in control.arms
+    }
 
 
 def main(argv):
     del argv
-    runs, output = runs_from_flags(), flags.FLAGS.output
-    for settings in runs:
-        train.check_output(settings, output)
+    grids, output = grids_from_flags(), flags.FLAGS.output
+    for folder, runs in grids.items():
+        for settings in runs:
+            train.check_output(settings, folder)
     atomic.check_writable(Path(output) / "report.html")
     require_backend()
     dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
-    print(f"{dataset.note}, {runs[0].steps:,} steps -> {output}")
-    accuracies = run(runs, dataset, output, flags.FLAGS.ray)
-    print(table(accuracies, runs[0].steps, dataset))
+    for folder, runs in grids.items():
+        print(f"{dataset.note}, {runs[0].steps:,} steps -> {folder}")
+        accuracies = run(runs, dataset, folder, flags.FLAGS.ray)
+        print(table(accuracies, runs[0].steps, dataset))
+    for found in controls.read(output):
+        if found.control.name == flags.FLAGS.preset:
+            print("\n".join(found.verdicts()))
     if dataset.name != "cifar10":
         print(
             f"These are {dataset.name}, not CIFAR-10: this is not the "

@@ -11,6 +11,7 @@
     checkpoint.npz    what to go on from, and previous.checkpoint.npz the one
                       before it, until the run is finished
     final.weights.h5  the trained weights; there once the run is finished
+    recalibrated.json what recalibration makes of them, see `recalibrated`
     lock              held by the process that trains
 
 The lines are JSON objects. Those of metrics.jsonl depend on run.json alone.
@@ -249,6 +250,20 @@ class RunFolder:
         with atomic.replacing(self._weights) as path:
             network.save_weights(path)
         self.tidy()
+
+    def load_weights(self, network: keras.Model) -> None:
+        """Gives a network, not compiled, the trained weights.
+
+        Raises:
+            ExperimentError: they cannot be read.
+        """
+        try:
+            network.load_weights(self._weights)
+        except Exception as error:  # h5py's and Keras's own
+            raise ExperimentError(
+                f"{self._weights} cannot be read: delete its folder to train "
+                "the run anew"
+            ) from error
 
     def tidy(self) -> None:
         """Deletes what a finished run needs no more, where that is allowed."""

@@ -29,6 +29,7 @@ from experiments import data
 from experiments import distribution
 from experiments import gpu_check
 from experiments import launch
+from experiments import recalibrated
 from experiments import require_backend
 from experiments import result_files
 from experiments import run_folder
@@ -107,6 +108,9 @@ def run(
                 f"cannot write to {settings.folder(output)} ({reason}): make "
                 "room, or give another output"
             ) from error
+    if folder and workers.processes == 1:
+        # The others would wait for it.
+        recalibrated.write(settings, dataset, folder)
     return folder.metrics() if folder else []
 
 

@@ -1,6 +1,7 @@
 """The grid of conditions and seeds."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -284,3 +285,38 @@ def test_the_program_from_flags_to_report(tmp_path):
     assert "not the article's comparison" in said[-2]
     assert [line.split()[0] for line in said[1:4]] == ["condition", "0", "3"]
     assert (tmp_path / "report.html").stat().st_size
+
+
+def test_a_control_experiment_from_flags_to_verdict(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "experiments.reproduce",
+            "--preset=layer",
+            "--dataset=digits",
+            "--conditions=9",
+            "--seeds=2",
+            "--steps=1",
+            "--batch_size=8",
+            f"--output={tmp_path}",
+        ],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    runs = {
+        str(path.parent.relative_to(tmp_path)): json.loads(path.read_text())
+        for path in tmp_path.glob("controls/*/*/*/*/run.json")
+    }
+    assert {x: facts["layer"] for x, facts in runs.items()} == {
+        f"controls/layer/{layer}/9/{seed}": layer
+        for layer in ("keras", "keras_bn")
+        for seed in (0, 1)
+    }
+    said = "Our layer instead of Keras's (condition 9): "
+    assert said in done.stdout
+    assert "over 2 seeds" in done.stdout
+    assert "Is it our layer?" in (tmp_path / "report.html").read_text()

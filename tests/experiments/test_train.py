@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import experiments
+import keras_bn
 from experiments import ExperimentError
 from experiments import article
 from experiments import data
@@ -74,6 +75,7 @@ def test_a_runs_folder(undisturbed):
     assert sorted(os.listdir(undisturbed)) == [
         "final.weights.h5",
         "metrics.jsonl",
+        "recalibrated.json",
         "run.json",
         "tensorboard",
         "timing.jsonl",
@@ -179,6 +181,21 @@ def test_final_weights_are_the_networks(undisturbed, few):
     # 4.3 million float32 and no optimizer's variables beside them.
     size = (undisturbed / "final.weights.h5").stat().st_size
     assert 4 * 4_263_754 < size < 1.1 * 4 * 4_263_754
+
+
+def test_what_recalibration_makes_of_it(undisturbed, few):
+    model = models.build(article.CONDITIONS[11])
+    model.load_weights(undisturbed / "final.weights.h5")
+    keras_bn.recalibrate(model, few.train_images.astype("float32"))
+    logits = model.predict(few.test_images.astype("float32"), verbose=0)
+    (found,) = _read(undisturbed / "recalibrated.json")
+    right = np.mean(logits.argmax(-1) == few.test_labels)
+    assert found == {"images": 20, "test_accuracy": pytest.approx(right)}
+
+
+def test_nothing_is_recalibrated_where_nothing_is_normalized(few, tmp_path):
+    train.run(_settings(condition=0, steps=1), few, tmp_path)
+    assert "recalibrated.json" not in os.listdir(tmp_path / "0/0")
 
 
 def test_a_resumed_run_is_the_undisturbed_run(undisturbed, few, tmp_path):

@@ -1,0 +1,59 @@
+"""What recalibration makes of a finished run, in `recalibrated.json`.
+
+    images          training images, the first ones, that the new statistics
+                    are of
+    test_accuracy   of the trained weights with those statistics, 0 to 1
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+from experiments import article
+from experiments import atomic
+from experiments import data
+from experiments import evaluation
+from experiments import result_files
+from experiments import run_model
+from experiments.run_settings import Settings
+
+if TYPE_CHECKING:
+    from experiments.run_folder import RunFolder
+
+# The training images that recalibration, and `keras_bn.audit`, are given.
+IMAGES = 5_120
+
+
+def write(settings: Settings, dataset: data.Dataset, folder: RunFolder) -> None:
+    """Writes the file, if it is not there and can be.
+
+    There is none of a condition without batch normalization.
+
+    Args:
+        settings: of the run.
+        dataset: what it was trained on.
+        folder: the run's, which is finished.
+
+    Raises:
+        ExperimentError: a file cannot be read or written.
+    """
+    path = folder.path / result_files.RECALIBRATED
+    bare = article.condition(settings.condition).batch_norm == "none"
+    if bare or path.exists() or not os.access(folder.path, os.W_OK):
+        return
+    # Where nothing is normalized, keras_bn need not be importable.
+    import keras_bn
+
+    trained, model = run_model.network(settings), run_model.build(settings)
+    folder.load_weights(trained)
+    model.set_weights(trained.get_weights())
+    prepare = data.inputs(dataset, settings.input)
+    images = prepare(dataset.train_images[:IMAGES])
+    keras_bn.recalibrate(model, images, verbose=0)
+    test = evaluation.evaluate(
+        model, prepare(dataset.test_images), dataset.test_labels
+    )
+    values = {"images": len(images), "test_accuracy": test["accuracy"]}
+    atomic.write_text(path, json.dumps(values) + "\n")
