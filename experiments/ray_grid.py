@@ -9,6 +9,7 @@ of results, and this clone, under the same paths.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from experiments.run_settings import Settings
 LOCAL = "local"
 # How often a run may lose its worker, or its machine.
 RETRIES = 5
+_REACH_SECONDS = 10.0
 
 
 def train(
@@ -36,8 +38,9 @@ def train(
         runs: what to do.
         dataset: what to train on; the workers are sent it.
         output: folder of all results.
-        address: of a cluster, as "10.0.0.1:6379", or "local" for a Ray that
-            is started here and ends with this call.
+        address: of a cluster, as "10.0.0.1:6379" or "auto" on one of its
+            machines, or "local" for a Ray that is started here and ends with
+            this call.
         on_steps: called with the steps of each run that is finished.
 
     Returns:
@@ -61,6 +64,8 @@ def train(
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     try:
+        if address != LOCAL:
+            _reach(address)
         ray.init(
             address=address,
             runtime_env={"env_vars": environment},
@@ -68,7 +73,7 @@ def train(
             log_to_driver=False,
             **({"include_dashboard": False} if address == LOCAL else {}),
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ExperimentError(
             f"Ray cannot be reached ({reason}): give the address of a running "
@@ -92,6 +97,13 @@ def train(
         ) from error
     finally:
         ray.shutdown()
+
+
+def _reach(address):
+    """Tries the address: Ray itself would try for minutes, then abort."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host:
+        socket.create_connection((host, int(port)), _REACH_SECONDS).close()
 
 
 def _train(ray, runs, dataset, output, on_steps):

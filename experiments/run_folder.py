@@ -190,7 +190,7 @@ class RunFolder:
                     "go on: delete its folder to begin the run anew"
                 )
         # What a killed process was writing.
-        for pattern in ("incomplete.*", ".*"):
+        for pattern in ("incomplete.*", ".*.json*.*"):
             for leftover in self.path.glob(pattern):
                 leftover.unlink()
         self._write_facts()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -103,7 +104,8 @@ def run(
             with folder.locked() if folder else contextlib.nullcontext():
                 _train(settings, dataset, folder, on_steps, workers)
         except OSError as error:
-            reason = error.strerror or str(error).split("\n")[0]
+            # HDF5's own words are several lines.
+            reason = os.strerror(error.errno) if error.errno else str(error)
             raise ExperimentError(
                 f"cannot write to {settings.folder(output)} ({reason}): make "
                 "room, or give another output"

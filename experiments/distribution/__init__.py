@@ -176,8 +176,8 @@ def one_device() -> Workers:
     if keras.backend.backend() == "jax":
         import jax
 
-        # On a CPU there is no trip to save, and XLA's convolutions are
-        # several times as slow within a loop.
+        # On a CPU there is no trip to save, and XLA's convolutions take
+        # nine times as long within a loop.
         if jax.default_backend() != "cpu":
             from experiments.device_loop import DeviceLoop
 

@@ -246,12 +246,12 @@ def folders(tmp_path_factory):
         STEPS_BEFORE_INTERRUPTION="3",
         WHERE_TO_MEET=str(tmp_path_factory.mktemp("meeting")),
     )
-    for process in two:
+    for process, saved in zip(two, ("step 2", "the chief's last checkpoint")):
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 130, errors
         assert "Traceback" not in errors
         assert errors.splitlines()[-1].endswith(
-            "stopped after step 3; the same command goes on from step 2"
+            f"stopped after step 3; the same command goes on from {saved}"
         )
     _finish(one)
     return made

@@ -30,7 +30,7 @@ from experiments.run_settings import Settings
 
 _ROOT = Path(__file__).parents[2]
 _CONDITIONS = (9, 11)
-_MOMENTS = 20
+_MOMENTS = 10  # of each condition
 
 
 @pytest.fixture(scope="module")
