@@ -512,7 +512,7 @@ Collective ops is aborted by: The following tasks are unhealthy:
             "(Collective ops is aborted by: The following tasks are "
             "unhealthy: /job:worker/replica:0/task:1): see what the others "
             "say, then start all of them again to go on from the last "
-            "evaluation",
+            "checkpoint",
         ),
         (
             True,

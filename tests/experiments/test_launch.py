@@ -34,6 +34,21 @@ import experiments
 experiments.launch(lambda argv: os.kill(os.getpid(), signal.{}))
 """
 
+# A block that stops where it can, and what a second signal does to it.
+DEFERRING = """
+import os, signal
+import experiments
+
+def main(argv):
+    with experiments.interruptions_deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("finishing")
+        {}
+        print("not reached")
+
+experiments.launch(main)
+"""
+
 
 def run_program(program, *flags):
     return subprocess.run(
@@ -81,4 +96,18 @@ def test_an_interruption_that_was_swallowed_is_not_lost():
 def test_a_program_that_a_signal_ended_says_so(name, code):
     done = run_program(SIGNALLED.format(name))
     assert done.returncode == code
+    assert done.stderr == "interrupted: give the same command again\n"
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "experiments.raise_if_interrupted()",
+        "os.kill(os.getpid(), signal.SIGINT)",
+    ],
+)
+def test_a_deferred_interruption(then):
+    done = run_program(DEFERRING.format(then))
+    assert done.returncode == 143
+    assert done.stdout == "finishing\n"
     assert done.stderr == "interrupted: give the same command again\n"
