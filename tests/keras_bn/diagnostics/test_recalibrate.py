@@ -234,7 +234,7 @@ def test_a_layer_in_a_recurrent_cell(layer):
     assert keras_bn.audit(model, values, verbose=0).samples == 9
 
 
-class _Loop(keras.Model):
+class Loop(keras.Model):
     """Calls a layer in a loop that TensorFlow and JAX compile."""
 
     def __init__(self):
@@ -252,7 +252,7 @@ class _Loop(keras.Model):
 
 
 def test_a_layer_in_a_compiled_loop():
-    model = _Loop()
+    model = Loop()
     model(IMAGES)
     if frameworks.IS_TORCH:
         # Its loops are Python's.
@@ -451,7 +451,7 @@ def test_bad_input(wrong, match):
         np.testing.assert_array_equal(frameworks.array(variable), value)
 
 
-class _Projection(keras.Model):
+class Projection(keras.Model):
     """A framework's own error, where data does not fit."""
 
     def __init__(self):
@@ -464,7 +464,7 @@ class _Projection(keras.Model):
 
 
 def test_data_that_a_model_does_not_take():
-    model = _Projection()
+    model = Projection()
     model(IMAGES)
     with pytest.raises(ValueError, match=r"shape \(8, 5\)") as error:
         _recalibrated(model, np.ones((8, 5), "float32"))
