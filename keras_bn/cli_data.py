@@ -6,8 +6,6 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_bn.cli import CommandError
-
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif"}
 
 
@@ -16,26 +14,27 @@ def read(data, labels, model, batch_size):
 
     Args:
         data: Str: an `.npz` file, a folder of images, or the name of a
-            dataset of TensorFlow Datasets, with `:SPLIT` after it.
+            dataset of TensorFlow Datasets, with `:SPLIT` after it, which
+            has to be prepared.
         labels: Str or None: an `.npy` file.
         model: `keras.Model`; images are resized to what it takes.
         batch_size: Int.
 
     Raises:
-        CommandError: there is none, or it cannot be read.
+        ValueError: there is none, or it cannot be read.
     """
     path = Path(data)
     if data.endswith(".npz"):
         return _arrays(path, labels, model)
     if labels is not None:
-        raise CommandError(
+        raise ValueError(
             "--labels belong to an .npz file; folders and datasets bring "
             f"their own. Received: --labels={labels}. Leave it out"
         )
     if path.is_dir():
         return ImageFolder(path, _image_size(model), batch_size), None
     if path.suffix or path.exists() or data.startswith((".", "/")):
-        raise CommandError(
+        raise ValueError(
             "--data must be an .npz file, a folder of images or a dataset. "
             f"Received: --data={data}. There is no such folder"
         )
@@ -44,12 +43,12 @@ def read(data, labels, model, batch_size):
 
 def _arrays(path, labels, model):
     if not path.is_file():
-        raise CommandError(f"no such file. Received: --data={path}")
+        raise ValueError(f"no such file. Received: --data={path}")
     try:
         with np.load(path) as file:
             arrays = dict(file)
     except Exception as error:
-        raise CommandError(
+        raise ValueError(
             f"the file of arrays cannot be read ({error}). "
             f"Received: --data={path}. Write it with numpy.savez"
         ) from error
@@ -58,7 +57,7 @@ def _arrays(path, labels, model):
         try:
             found = np.load(labels)
         except Exception as error:
-            raise CommandError(
+            raise ValueError(
                 f"the labels cannot be read ({error}). "
                 f"Received: --labels={labels}. Write them with numpy.save"
             ) from error
@@ -66,7 +65,7 @@ def _arrays(path, labels, model):
         return arrays["x"], found
     names = list(getattr(model, "input_names", []))
     if not arrays or set(arrays) != set(names):
-        raise CommandError(
+        raise ValueError(
             "the file must hold an array x, or one for each input of the "
             f"model. Received: arrays {sorted(arrays)}, inputs {names}"
         )
@@ -97,7 +96,7 @@ class ImageFolder(keras.utils.PyDataset):
         if not self._files:
             self._files = [(file, 0) for file in _images_in(folder)]
         if not self._files:
-            raise CommandError(
+            raise ValueError(
                 f"the folder holds no images. Received: --data={folder}. "
                 "Give one of .png or .jpg files, or of folders of them"
             )
@@ -121,7 +120,7 @@ class ImageFolder(keras.utils.PyDataset):
         try:
             image = keras.utils.load_img(file, target_size=self._image_size)
         except OSError as error:
-            raise CommandError(
+            raise ValueError(
                 f"an image cannot be read. Received: {file}. Remove it"
             ) from error
         return keras.utils.img_to_array(image, data_format="channels_last")
@@ -144,17 +143,80 @@ def _of_tensorflow_datasets(name, batch_size):
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise CommandError(
+        raise ValueError(
             f"--data={name} is a dataset of TensorFlow Datasets, which is not "
-            "installed. Run `pip install tensorflow-datasets tensorflow`"
+            "installed. Run `pip install tensorflow-datasets`"
         ) from error
-    name, _, split = name.partition(":")
+    received, (name, _, split) = name, name.partition(":")
     try:
-        dataset = tfds.load(name, split=split or "train", as_supervised=True)
-    except Exception as error:
-        raise CommandError(
-            f"TensorFlow Datasets cannot load it. Received: --data={name}"
-            f"{':' + split if split else ''}. It says: "
-            f"{' '.join(str(error).split())[:200]}"
+        builder = tfds.builder(name)
+        if builder.is_prepared():
+            return _prepared(tfds, builder, split or "train", batch_size)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the data needs {error.name} to be read. Received: "
+            f"--data={received}. Install it, or prepare the data with `tfds "
+            f"build {name} --file_format=array_record`"
         ) from error
+    except Exception as error:
+        # TFDS lets each reader's own errors through.
+        raise ValueError(
+            "TensorFlow Datasets cannot load it. Received: "
+            f"--data={received}. It says: {str(error).strip().splitlines()[0]}"
+        ) from error
+    # A download that fails would leave its parts there.
+    raise ValueError(
+        f"the data is not prepared in {builder.data_dir}. Received: "
+        f"--data={received}. Run `tfds build {name}`, or set TFDS_DATA_DIR"
+    )
+
+
+def _prepared(tfds, builder, split, batch_size):
+    """A split of `(image, label)`, or what else is supervised in it."""
+    keys = builder.info.supervised_keys
+    if keys is None or len(keys) != 2:
+        raise ValueError(
+            f"{builder.name} does not say what is input and what is label"
+        )
+    if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        # This needs no TensorFlow.
+        return _Source(builder.as_data_source(split), keys, batch_size)
+    _leave_accelerators_to_keras()
+    dataset = builder.as_dataset(split, as_supervised=True)
     return dataset.batch(batch_size)
+
+
+def _leave_accelerators_to_keras():
+    """Keeps TensorFlow, as a mere reader, from taking a GPU's memory."""
+    import tensorflow as tf
+
+    if keras.backend.backend() != "tensorflow":
+        tf.config.set_visible_devices([], "GPU")
+
+
+class _Source(keras.utils.PyDataset):
+    """Batches of a TFDS data source.
+
+    Args:
+        source: Sequence of dictionaries, with `__getitems__`.
+        keys: The names of inputs and labels in them.
+        batch_size: Int.
+    """
+
+    def __init__(self, source, keys, batch_size):
+        super().__init__()
+        self._source = source
+        self._keys = keys
+        self._batch_size = batch_size
+
+    def __len__(self):
+        return math.ceil(len(self._source) / self._batch_size)
+
+    def __getitem__(self, i):
+        start = i * self._batch_size
+        stop = min(start + self._batch_size, len(self._source))
+        examples = self._source.__getitems__(list(range(start, stop)))
+        return tuple(
+            np.stack([example[key] for example in examples])
+            for key in self._keys
+        )

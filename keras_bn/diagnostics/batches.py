@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import numbers
 
 import keras
 import numpy as np
@@ -47,11 +48,9 @@ class Batches:
         shuffled=False,
         at_least=1,
     ):
-        if steps is not None and (int(steps) != steps or steps < 1):
-            raise ValueError(
-                "`steps` must be an integer of at least 1, or None. "
-                f"Received: steps={steps!r}."
-            )
+        if steps is not None:
+            _check_count("steps", steps, ", or None")
+        _check_count("batch_size", batch_size)
         _check_arrays(data, labels)
         self._steps = steps
         self._is_read = False
@@ -104,7 +103,9 @@ class Batches:
         for batch in itertools.islice(
             self._adapter.get_numpy_iterator(), self.number
         ):
-            inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
+            inputs, labels = _unpacked(batch)
+            if not _samples((inputs,)):
+                continue
             _check_finite(inputs, read)
             read += 1
             yield inputs, labels
@@ -115,21 +116,41 @@ class Batches:
             )
 
 
+def _unpacked(batch):
+    try:
+        inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    except ValueError as error:
+        raise ValueError(
+            "`data` must give batches of (inputs,), (inputs, labels) or "
+            "(inputs, labels, weights). Received: a batch of type "
+            f"{type(batch).__name__} and length {len(batch)}."
+        ) from error
+    return inputs, labels
+
+
 def _samples(batch):
-    return len(keras.tree.flatten(batch[0])[0])
+    return len(_arrays(batch[0])[0])
 
 
 def _shapes(batch):
-    return [x.shape[1:] for x in keras.tree.flatten(batch) if x is not None]
+    return [x.shape[1:] for x in _arrays(batch)]
+
+
+def _arrays(structure):
+    """The arrays in it; None stands for an optional input, or for no labels."""
+    return [x for x in keras.tree.flatten(structure) if x is not None]
 
 
 def _joined(batches):
     if len(batches) == 1:
         return batches[0]
     return keras.tree.map_structure(
-        lambda *parts: None if parts[0] is None else np.concatenate(parts),
-        *batches,
+        _unless_none(lambda *parts: np.concatenate(parts)), *batches
     )
+
+
+def _unless_none(function):
+    return lambda x, *others: None if x is None else function(x, *others)
 
 
 class _Shuffled(keras.utils.PyDataset):
@@ -142,9 +163,11 @@ class _Shuffled(keras.utils.PyDataset):
         super().__init__()
         self._arrays = data if labels is None else (data, labels)
         self._packs = labels is None
-        self._arrays = keras.tree.map_structure(np.asarray, self._arrays)
+        self._arrays = keras.tree.map_structure(
+            _unless_none(np.asarray), self._arrays
+        )
         self._batch_size = batch_size
-        samples = len(keras.tree.flatten(self._arrays)[0])
+        samples = len(_arrays(self._arrays)[0])
         self._order = np.random.default_rng(0).permutation(samples)
 
     def __len__(self):
@@ -154,27 +177,62 @@ class _Shuffled(keras.utils.PyDataset):
         start = i * self._batch_size
         # In order within the batch, which is how memory is read fastest.
         rows = np.sort(self._order[start : start + self._batch_size])
-        batch = keras.tree.map_structure(lambda x: x[rows], self._arrays)
+        batch = keras.tree.map_structure(
+            _unless_none(lambda x: x[rows]), self._arrays
+        )
         return (batch,) if self._packs else batch
 
 
-def _check_arrays(data, labels):
-    sizes = {
-        len(x) for x in keras.tree.flatten(data) if isinstance(x, np.ndarray)
-    }
-    if 0 in sizes:
-        raise ValueError("`data` is empty. Received: arrays of 0 samples.")
-    if labels is not None and sizes and {len(labels)} != sizes:
+def _check_count(name, value, also=""):
+    if not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(
-            "`labels` must have one label for each sample. Received: "
-            f"{len(labels)} labels for {min(sizes)} samples."
+            f"`{name}` must be an integer of at least 1{also}. "
+            f"Received: {name}={value!r}."
         )
 
 
+def _check_arrays(data, labels):
+    found = _arrays(data)
+    arrays = [x for x in found if isinstance(x, np.ndarray)]
+    if not found or any(x.shape[:1] == (0,) for x in arrays):
+        raise ValueError(
+            "`data` is empty. Received: data of type "
+            f"{type(data).__name__} with no samples."
+        )
+    if any(getattr(x, "shape", None) == () for x in found):
+        raise ValueError(
+            "`data` must have samples along its first axis. Received: an "
+            "array of shape ()."
+        )
+    if labels is None:
+        return
+    sizes = {len(x) for x in arrays}
+    # A model may have several outputs, and labels for each.
+    for x in _arrays(labels):
+        if not hasattr(x, "__len__"):
+            raise ValueError(
+                "`labels` must be an array, or a structure of arrays. "
+                f"Received: labels of type {type(labels).__name__}."
+            )
+        if sizes and {len(x)} != sizes:
+            raise ValueError(
+                "`labels` must have one label for each sample. Received: "
+                f"{len(x)} labels for {min(sizes)} samples."
+            )
+        if isinstance(x, np.ndarray) and not _is_finite(x):
+            raise ValueError(
+                "`labels` has values that are not finite. "
+                "Received: NaN or infinity."
+            )
+
+
+def _is_finite(array):
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+
+
 def _check_finite(inputs, number):
-    for x in keras.tree.flatten(inputs):
-        x = np.asarray(x)
-        if x.dtype.kind == "f" and not np.isfinite(x).all():
+    for x in _arrays(inputs):
+        if not _is_finite(np.asarray(x)):
             raise ValueError(
                 "`data` has values that are not finite. "
                 f"Received: NaN or infinity in batch {number}."

@@ -24,8 +24,12 @@ def compiled(model, function):
             return function(*structures)
 
     def of_arrays(*structures):
+        # None stands for an optional input that is left out.
         return run(
-            *keras.tree.map_structure(ops.convert_to_tensor, structures)
+            *keras.tree.map_structure(
+                lambda x: None if x is None else ops.convert_to_tensor(x),
+                structures,
+            )
         )
 
     backend = keras.backend.backend()
@@ -56,3 +60,20 @@ def compiled(model, function):
 
         run = torch.no_grad()(stateless)
     return of_arrays
+
+
+def innermost_trace():
+    """What tells the functions apart that are being traced in each other.
+
+    The body of a loop is one. Its tensors mean nothing outside of it.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.compat.v1.get_default_graph()
+    if backend == "jax":
+        from jax.extend import core
+
+        return core.get_opaque_trace_state(convention="flax")
+    return None

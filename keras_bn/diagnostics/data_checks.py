@@ -86,7 +86,9 @@ def look_at(model, layers, batches, labels_are_given, verbose):
                 if labels_are_given:
                     raise
                 comparison = None
-        samples += len(keras.tree.flatten(inputs)[0])
+        samples += next(
+            len(x) for x in keras.tree.flatten(inputs) if x is not None
+        )
         bar.add(1)
     bar.update(bar._seen_so_far, finalize=True)
     in_inference, in_training = (

@@ -9,6 +9,7 @@ the moving statistics, as they are told.
 import contextlib
 import functools
 import math
+import re
 
 import keras
 import numpy as np
@@ -18,6 +19,7 @@ from keras.src.backend import compute_output_spec
 from keras_bn import kernels
 from keras_bn.channel_axes import split_channel_axes
 from keras_bn.diagnostics.compiled import compiled
+from keras_bn.diagnostics.compiled import innermost_trace
 from keras_bn.dtypes import as_floats
 from keras_bn.dtypes import moments_dtype
 from keras_bn.kernel_inputs import as_kernels_see
@@ -26,6 +28,36 @@ from keras_bn.moving_statistics import as_vector
 
 # A mean of more standard deviations than this is taken off first.
 _FAR = 30.0
+
+
+class ForwardPasses:
+    """The forward passes of a model, each compiled once.
+
+    Weights are read at each call. What else a model holds is compiled in, so
+    this is kept no longer than Keras keeps a function of its own, in `fit`.
+
+    Args:
+        model: `keras.Model` or layer, built.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self._made = {}
+
+    def get(self, layers, with_batch=()):
+        """A `ForwardPass`, as new."""
+        key = tuple(
+            (
+                layer,
+                layer in with_batch,
+                getattr(layer, "use_moving_statistics", None),
+            )
+            for layer in layers
+        )
+        if key not in self._made:
+            self._made[key] = ForwardPass(self.model, layers, with_batch)
+        self._made[key].forget()
+        return self._made[key]
 
 
 class ForwardPass:
@@ -41,23 +73,43 @@ class ForwardPass:
     Returns of a call:
         `(outputs, moments)`: what the model returns, as arrays, and a list of
         `(layer, mean, variance, count)` for each call of a layer, in order.
+
+    Raises:
+        ValueError: in a call, the model does not take the inputs, or calls a
+            layer where its moments cannot be had.
     """
 
     def __init__(self, model, layers, with_batch=()):
         self._layers = layers
         self._with_batch = with_batch
-        # Taken off the inputs of each layer: a batch's mean in float32 is too
-        # coarse for the variance of all batches where it is large.
-        self._shifts = [
-            np.zeros(math.prod(layer.moving_mean.shape), "float32")
-            for layer in layers
-        ]
+        self.forget()
         # Of each trace: which layers are called, in order. They do not differ.
         self._called = []
         self._run = compiled(model, functools.partial(self._look, model))
 
+    def forget(self):
+        """Forgets what earlier inputs were like."""
+        # Taken off the inputs of each layer: a batch's mean in float32 is too
+        # coarse for the variance of all batches where it is large.
+        self._shifts = [
+            np.zeros(math.prod(layer.moving_mean.shape), "float32")
+            for layer in self._layers
+        ]
+
     def __call__(self, inputs):
-        outputs, moments = self._run(inputs, self._shifts)
+        try:
+            outputs, moments = self._run(inputs, self._shifts)
+        except _Hidden as error:
+            raise ValueError(
+                f"The moments of a layer cannot be had. {_reason(error)}"
+            ) from error
+        except Exception as error:
+            # Each framework has kinds of its own.
+            shapes = keras.tree.map_structure(np.shape, inputs)
+            raise ValueError(
+                "The model cannot be run on the data. Received: inputs of "
+                f"shape {shapes}. It says: {_reason(error)}"
+            ) from error
         far = False
         for number, *of_call in zip(self._called, *zip(*moments)):
             mean, variance, _ = map(ops.convert_to_numpy, of_call)
@@ -80,8 +132,15 @@ class ForwardPass:
 
     def _look(self, model, inputs, shifts):
         called, moments = [], []
+        trace = innermost_trace()
 
         def call(layer, inputs, mask, training):
+            if innermost_trace() != trace:
+                raise _Hidden(
+                    f"Received: layer {layer.name!r}, which is called in a "
+                    "loop or function that the framework compiles by itself. "
+                    "Call it outside of that, or in an unrolled loop."
+                )
             number = self._layers.index(layer)
             outputs, *of_call = _normalized(
                 layer, inputs, mask, shifts[number], layer in self._with_batch
@@ -90,7 +149,7 @@ class ForwardPass:
             moments.append(tuple(map(ops.convert_to_tensor, of_call)))
             return outputs
 
-        with _calls_replaced(self._layers, call):
+        with _calls_replaced(self._layers, call), _unrolled(model):
             outputs = model(inputs, training=False)
         self._called = called
         return outputs, moments
@@ -114,8 +173,12 @@ def called_for_training(model, layers, inputs):
         return ops.cast(inputs, layer.compute_dtype)
 
     inputs = keras.tree.map_structure(
-        lambda x: keras.KerasTensor(
-            x.shape, keras.backend.standardize_dtype(x.dtype)
+        lambda x: (
+            None
+            if x is None
+            else keras.KerasTensor(
+                x.shape, keras.backend.standardize_dtype(x.dtype)
+            )
         ),
         inputs,
     )
@@ -154,6 +217,32 @@ def _normalized(layer, inputs, mask, shift, with_batch):
     return ops.cast(outputs, layer.compute_dtype), mean, variance, count
 
 
+class _Hidden(Exception):
+    """A layer is called where its moments do not get out of."""
+
+
+@contextlib.contextmanager
+def _unrolled(model):
+    """Recurrent layers run step by step, where the moments of each are seen."""
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.RNN)
+        and not layer.unroll
+        and any(
+            isinstance(x, BATCH_NORMALIZATIONS)
+            for x in layer.cell._flatten_layers()
+        )
+    ]
+    try:
+        for layer in layers:
+            layer.unroll = True
+        yield
+    finally:
+        for layer in layers:
+            layer.unroll = False
+
+
 @contextlib.contextmanager
 def _calls_replaced(layers, call):
     """Calls of `layers` are those of `call(layer, inputs, mask, training)`.
@@ -178,3 +267,17 @@ def _calls_replaced(layers, call):
     finally:
         for one, own in owns.items():
             one.call = own
+
+
+def _reason(error):
+    """An error of a framework in one line."""
+    text = str(error)
+    # Keras has what is wrong in bold, between its tale of the call.
+    bold = re.search("\x1b\\[1m(.*?)\x1b\\[0m", text, re.DOTALL)
+    if bold:
+        text = bold[1]
+    text = " ".join(text.split())
+    if len(text) > 300:
+        # Between the ends there are tensors.
+        text = f"{text[:100]} ... {text[-200:]}"
+    return text or type(error).__name__

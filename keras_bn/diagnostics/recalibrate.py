@@ -11,7 +11,7 @@ from keras_bn.diagnostics.batches import BATCH_SIZE
 from keras_bn.diagnostics.batches import Batches
 from keras_bn.diagnostics.distances import log_ratio
 from keras_bn.diagnostics.distances import mean_distance
-from keras_bn.diagnostics.forward_passes import ForwardPass
+from keras_bn.diagnostics.forward_passes import ForwardPasses
 from keras_bn.diagnostics.moments_of_data import MergedMoments
 from keras_bn.diagnostics.scores import Comparison
 from keras_bn.diagnostics.text_table import text_table
@@ -116,10 +116,38 @@ def recalibrate(
     Raises:
         ValueError: an argument is not one of the above; the model has no batch
             normalization, is not built, or all of it is frozen; the data is
-            empty, ends before `steps`, or is not finite; or the labels say
+            empty, ends before `steps`, is not finite, not what the model
+            takes, or makes inputs of a layer that are not finite; a layer is
+            called in a loop that the framework compiles; or the labels say
             that inference is better than the batch's statistics. In every
             case, interrupted too, the statistics stay what they were.
     """
+    return recalibrate_by(
+        ForwardPasses(model),
+        data,
+        steps,
+        method,
+        labels,
+        force,
+        frozen,
+        batch_size,
+        verbose,
+    )
+
+
+def recalibrate_by(
+    forward_passes,
+    data,
+    steps,
+    method,
+    labels,
+    force,
+    frozen,
+    batch_size,
+    verbose,
+):
+    """`recalibrate` by `ForwardPasses` of the model, which can be kept."""
+    model = forward_passes.model
     checked_method(method)
     every_layer = built_batch_normalizations("recalibrate", model)
     layers = [x for x in every_layer if frozen or not is_frozen(x)]
@@ -130,7 +158,7 @@ def recalibrate(
             "`frozen=True` to recalibrate it nevertheless."
         )
     batches = Batches(data, labels, steps, batch_size)
-    passes = _Passes(model, every_layer, layers, batches, verbose)
+    passes = _Passes(forward_passes, every_layer, layers, batches, verbose)
     before = [
         (variable, ops.convert_to_numpy(variable))
         for layer in layers
@@ -205,26 +233,26 @@ def was_recalibrated(layer):
 
 
 class _Passes:
-    def __init__(self, model, every_layer, layers, batches, verbose):
-        self._model = model
-        self._every_layer = every_layer
+    def __init__(self, forward_passes, every_layer, layers, batches, verbose):
+        self._model = forward_passes.model
         self._layers = layers
         self._batches = batches
         self._verbose = verbose
-        self._in_inference = ForwardPass(model, every_layer)
+        self._in_inference = forward_passes.get(every_layer)
+        self._with_batch = forward_passes.get(every_layer, layers)
 
     def with_batch(self, compares):
         """`MergedMoments` of each layer, by one pass."""
-        with_batch = ForwardPass(self._model, self._every_layer, self._layers)
         comparison = Comparison(self._model)
         moments = _none_yet(self._layers)
         for inputs, labels in self._read():
-            outputs, of_calls = with_batch(inputs)
+            outputs, of_calls = self._with_batch(inputs)
             _add(of_calls, moments)
             if compares and labels is not None:
                 before, _ = self._in_inference(inputs)
                 comparison.add(before, outputs, labels)
         _refuse_where_inference_is_better(comparison)
+        _check_finite(moments)
         return moments
 
     def layer_by_layer(self, compares):
@@ -241,6 +269,7 @@ class _Passes:
             if to_do is None:
                 to_do = [x for x in order if x in moments]
             layer = to_do.pop(0)
+            _check_finite({layer: moments[layer]})
             done[layer] = moments[layer]
             set_statistics(layer, moments[layer])
         return {**moments, **done}
@@ -265,6 +294,16 @@ def _add(of_calls, moments):
     for layer, *of_call in of_calls:
         if layer in moments:
             moments[layer].add(*of_call)
+
+
+def _check_finite(moments):
+    for layer, merged in moments.items():
+        if not np.isfinite([merged.mean, merged.variance]).all():
+            raise ValueError(
+                "The model makes values of the data that are not finite. "
+                f"Received: NaN or infinity in the inputs of {layer.name!r}. "
+                "Look for weights that diverged, or scale the data."
+            )
 
 
 def _what_changed(layer, moments, before):

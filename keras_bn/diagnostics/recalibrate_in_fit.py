@@ -5,8 +5,9 @@ from keras import ops
 
 from keras_bn.diagnostics.batches import BATCH_SIZE
 from keras_bn.diagnostics.batches import Batches
+from keras_bn.diagnostics.forward_passes import ForwardPasses
 from keras_bn.diagnostics.recalibrate import checked_method
-from keras_bn.diagnostics.recalibrate import recalibrate
+from keras_bn.diagnostics.recalibrate import recalibrate_by
 from keras_bn.model_layers import batch_normalizations
 
 
@@ -66,13 +67,21 @@ class RecalibrateStatistics(keras.callbacks.Callback):
         self._settings = {
             "steps": steps,
             "method": method,
+            "labels": None,
+            # What labels say of weights that are still being trained is no
+            # reason to end the training.
+            "force": True,
+            "frozen": False,
             "batch_size": batch_size,
+            "verbose": 0,
         }
+        self._forward_passes = None
         self._of_epoch = None
         self._of_test = None
 
     def on_train_begin(self, logs=None):
         self._of_epoch = None
+        self._forward_passes = None
         # On TensorFlow a model may be built by its first batch.
         if self.model.built:
             batch_normalizations("RecalibrateStatistics", self.model)
@@ -94,6 +103,7 @@ class RecalibrateStatistics(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         self._of_epoch = None
         self._recalibrate()
+        self._forward_passes = None
 
     def _recalibrate(self):
         """The statistics of before, as `(variable, array)`."""
@@ -103,9 +113,9 @@ class RecalibrateStatistics(keras.callbacks.Callback):
             for layer in batch_normalizations("RecalibrateStatistics", model)
             for variable in layer.non_trainable_variables
         ]
-        # What labels say of weights that are still being trained is no reason
-        # to end the training.
-        recalibrate(model, self._data, **self._settings, force=True, verbose=0)
+        if self._forward_passes is None:
+            self._forward_passes = ForwardPasses(model)
+        recalibrate_by(self._forward_passes, self._data, **self._settings)
         return before
 
     def _put_back(self, values):

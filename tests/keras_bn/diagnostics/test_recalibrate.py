@@ -201,6 +201,85 @@ def test_several_channel_axes_and_channels_without_positions():
     np.testing.assert_allclose(found[1][0], variance, rtol=1e-5)
 
 
+class _Cell(keras.layers.Layer):
+    """Adds up what it is given, normalized."""
+
+    def __init__(self, normalization):
+        super().__init__()
+        self.normalization = normalization
+        self.state_size = self.output_size = 3
+
+    def build(self, shape):
+        self.normalization.build(shape)
+
+    def call(self, inputs, states, training=False):
+        outputs = self.normalization(inputs, training=training) + states[0]
+        return outputs, [outputs]
+
+
+@LAYERS
+def test_a_layer_in_a_recurrent_cell(layer):
+    recurrent = keras.layers.RNN(_Cell(layer(name="only")))
+    model = keras.Sequential([keras.Input((5, 3)), recurrent])
+    values = RNG.normal(2.0, 3.0, (9, 5, 3)).astype("float32")
+    done = _recalibrated(model, values, batch_size=4)
+    assert done[0].positions == 45
+    normalization = recurrent.cell.normalization
+    found = [
+        frameworks.array(v)
+        for v in (normalization.moving_mean, normalization.moving_variance)
+    ]
+    np.testing.assert_allclose(found, _moments(values), rtol=1e-5)
+    assert not recurrent.unroll
+    assert keras_bn.audit(model, values, verbose=0).samples == 9
+
+
+class Loop(keras.Model):
+    """Calls a layer in a loop that TensorFlow and JAX compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalization = OURS(name="inside")
+
+    def build(self, shape):
+        self.normalization.build(shape)
+
+    def call(self, inputs, training=False):
+        def step(_, x):
+            return self.normalization(x, training=training)
+
+        return keras.ops.fori_loop(0, 2, step, inputs)
+
+
+def test_a_layer_in_a_compiled_loop():
+    model = Loop()
+    model(IMAGES)
+    if frameworks.IS_TORCH:
+        # Its loops are Python's.
+        assert _recalibrated(model)[0].positions == 2 * 33 * 36
+        return
+    with pytest.raises(ValueError, match="Received: layer 'inside'") as error:
+        _recalibrated(model)
+    assert "\n" not in str(error.value)
+
+
+class _Optional(keras.layers.Layer):
+    def call(self, a, b=None):
+        return a if b is None else a + b
+
+
+def test_an_input_that_is_left_out():
+    a = keras.Input((3,), name="a")
+    b = keras.Input((3,), name="b", optional=True)
+    outputs = OURS(name="only")(_Optional()(a, b))
+    model = keras.Model({"a": a, "b": b}, outputs)
+    data = {"a": IMAGES[:, 0, 0], "b": None}
+    _recalibrated(model, data)
+    right = _moments(IMAGES[:, 0, 0])
+    np.testing.assert_allclose(_statistics(model)["only"], right, rtol=1e-5)
+    assert keras_bn.audit(model, data, verbose=0).samples == 33
+
+
 class _Batches(keras.utils.PyDataset):
     def __len__(self):
         return 5
@@ -342,8 +421,22 @@ def test_labels_say_that_the_weights_were_trained_for_the_statistics(layer):
         ({"steps": 9}, "Received: 5 batches, steps=9"),
         ({"data": IMAGES[:0]}, "`data` is empty"),
         ({"data": 3}, "data of type int"),
+        ({"data": None}, "data of type NoneType"),
+        ({"data": {}}, "`data` is empty"),
+        ({"data": np.float32(1.0)}, "array of shape"),
+        ({"data": IMAGES * np.float32(1e30)}, "inputs of 'first'"),
+        (
+            {"data": IMAGES * np.float32(1e30), "method": "layerwise"},
+            "inputs of 'first'",
+        ),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 2.5}, "batch_size=2.5"),
+        ({"steps": "2"}, "steps='2'"),
         ({"data": np.zeros((4, 6, 6, 2), "float32")}, "shape"),
         ({"labels": CLASSES[:-1]}, "32 labels for 33 samples"),
+        ({"labels": [CLASSES, CLASSES]}, "labels of shape"),
+        ({"labels": CLASSES.tolist()}, "labels of type list"),
+        ({"labels": np.full(33, np.nan)}, "`labels` has values"),
         ({"labels": np.zeros((33, 4, 2))}, "labels of shape"),
     ],
 )
@@ -351,10 +444,51 @@ def test_bad_input(wrong, match):
     settings = {"model": _model(OURS), "data": IMAGES} | wrong
     before = [v for v in getattr(settings["model"], "weights", [])]
     before = [(v, frameworks.array(v)) for v in before]
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=match) as error:
         _recalibrated(**settings)
+    assert "\n" not in str(error.value)
     for variable, value in before:
         np.testing.assert_array_equal(frameworks.array(variable), value)
+
+
+class Projection(keras.Model):
+    """A framework's own error, where data does not fit."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = self.add_weight(shape=(3, 4), name="weight")
+        self.normalization = OURS()
+
+    def call(self, inputs):
+        return self.normalization(keras.ops.matmul(inputs, self.weight))
+
+
+def test_data_that_a_model_does_not_take():
+    model = Projection()
+    model(IMAGES)
+    with pytest.raises(ValueError, match=r"shape \(8, 5\)") as error:
+        _recalibrated(model, np.ones((8, 5), "float32"))
+    assert "\n" not in str(error.value)
+
+
+class _EmptyBatches(_Batches):
+    def __init__(self, full=0):
+        super().__init__()
+        self._full = full
+
+    def __getitem__(self, i):
+        kept = 8 if i < self._full else 0
+        return tuple(x[:kept] for x in super().__getitem__(i))
+
+
+def test_batches_that_are_empty():
+    model, same = _model(OURS), _model(OURS)
+    _recalibrated(model, _EmptyBatches(2), force=True)
+    _recalibrated(same, IMAGES[:16])
+    for found, right in zip(model.get_weights(), same.get_weights()):
+        np.testing.assert_array_equal(found, right)
+    with pytest.raises(ValueError, match="Received: 0 batches"):
+        _recalibrated(model, _EmptyBatches())
 
 
 def test_all_frozen():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import keras_bn
+from keras_bn.diagnostics import forward_passes
 from tests.keras_bn import frameworks
 from tests.keras_bn.diagnostics.stale_models import KERAS
 from tests.keras_bn.diagnostics.stale_models import OURS
@@ -220,3 +221,59 @@ def test_no_batch_normalization():
     with pytest.raises(ValueError, match="found no batch"):
         _fit(model, callback)
     assert not int(frameworks.array(model.optimizer.iterations.value))
+
+
+def test_forward_passes_are_compiled_once(monkeypatch):
+    """Those of both modes, though `recalibrate` runs seven times."""
+    compiled = forward_passes.compiled
+    made = []
+
+    def counted(*arguments):
+        made.append(arguments)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(forward_passes, "compiled", counted)
+    model = _model(averages=False)
+    callback = keras_bn.RecalibrateStatistics(X, batch_size=16)
+    _fit(model, callback, epochs=3)
+    assert len(made) == 2
+    weights = [np.array(w) for w in model.get_weights()]
+    right, _ = _recalibrated(weights)
+    for found, expected in zip(weights, right):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    # What was made is not of the next training.
+    made.clear()
+    _fit(model, callback, epochs=1)
+    assert len(made) == 2
+
+
+class _Freeze(keras.callbacks.Callback):
+    """Freezes a layer after the first epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 1:
+            self.model.layers[3].trainable = False
+            self.frozen = self.model.layers[3].get_weights()
+
+
+def test_a_layer_that_is_frozen_meanwhile():
+    model = _model(averages=False)
+    freeze = _Freeze()
+    callback = keras_bn.RecalibrateStatistics(X, batch_size=16)
+    model.fit(X, Y, callbacks=[freeze, callback], verbose=0)
+    before = model.get_weights()
+    callback.set_model(model)
+    callback.on_train_begin()
+    callback.on_test_begin()
+    callback.on_test_end()
+    freeze.on_epoch_begin(1)
+    callback.on_epoch_end(1)
+    for found, right in zip(model.layers[3].get_weights(), freeze.frozen):
+        np.testing.assert_array_equal(found, right)
+    # The layer before it goes with its own statistics all the same.
+    twin = _model(averages=False)
+    twin.set_weights(before)
+    twin.layers[3].trainable = False
+    keras_bn.recalibrate(twin, X, batch_size=16, verbose=0, force=True)
+    for found, right in zip(model.get_weights(), twin.get_weights()):
+        np.testing.assert_allclose(found, right, rtol=1e-6)
