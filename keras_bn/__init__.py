@@ -10,6 +10,7 @@ from keras_bn.diagnostics.watch import watch_statistics
 from keras_bn.layer import BatchNormalization
 from keras_bn.renorm_schedule import renorm_schedule
 from keras_bn.surgery.convert import convert
+from keras_bn.surgery.fold import fold
 from keras_bn.surgery.freeze import freeze
 from keras_bn.surgery.freeze import reset_statistics
 from keras_bn.surgery.freeze import thaw
@@ -23,6 +24,7 @@ __all__ = [
     "StatisticsMonitor",
     "audit",
     "convert",
+    "fold",
     "freeze",
     "recalibrate",
     "renorm_schedule",

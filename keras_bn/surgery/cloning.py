@@ -63,6 +63,16 @@ class ModelCloner:
             ValueError: a layer cannot be cloned, or the model's class not be
                 kept.
         """
+        self.check(model)
+        if isinstance(model, keras.Sequential):
+            new = self._sequential(model)
+        else:
+            new = self._functional(model)
+        self.models.append((model, new))
+        return new
+
+    def check(self, model):
+        """Raises ValueError for a model that is no graph."""
         if not is_graph(model):
             raise ValueError(
                 f"`{self._caller}` takes a functional or Sequential model, "
@@ -70,12 +80,6 @@ class ModelCloner:
                 f"type {type(model).__name__}, whose `call` is its own. Use "
                 "the layers in that class itself."
             )
-        if isinstance(model, keras.Sequential):
-            new = self._sequential(model)
-        else:
-            new = self._functional(model)
-        self.models.append((model, new))
-        return new
 
     def _sequential(self, model):
         if type(model).__init__ is not keras.Sequential.__init__:

@@ -69,7 +69,7 @@ def convert(model, to=BatchNormalization):
     wanted = [layer for layer in layers if _is_wanted(layer, to)]
     if to in BATCH_NORMALIZATIONS:
         for layer in wanted:
-            refuse_infinite_statistics("convert", layer)
+            refuse_infinite_weights("convert", layer)
     replaced = {}
 
     def instead_of(layer):
@@ -105,7 +105,7 @@ def convert(model, to=BatchNormalization):
     return new
 
 
-def refuse_infinite_statistics(caller, layer):
+def refuse_infinite_weights(caller, layer):
     """Raises ValueError where a weight of the layer is NaN or infinite."""
     for weight in layer.weights:
         values = keras.ops.convert_to_numpy(

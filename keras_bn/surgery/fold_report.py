@@ -1,0 +1,56 @@
+"""What `fold` did, layer by layer."""
+
+import dataclasses
+
+from keras_bn.diagnostics.text_table import text_table
+
+BEFORE = "into the layer before"
+AFTER = "into the layer after"
+MULTIPLY_ADD = "multiply-add"
+KEPT = "kept"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFold:
+    """What `fold` did with one batch normalization.
+
+    Attributes:
+        layer: Name of the layer, after those of the models that it is in:
+            `"backbone/bn"`.
+        how: `"into the layer before"` or `"into the layer after"`;
+            `"multiply-add"`: it became a layer `inputs * scale + shift`; or
+            `"kept"`: it is what it was.
+        into: Tuple of the names of the layers whose weights changed.
+        reason: Why it was not folded; empty where it was.
+    """
+
+    layer: str
+    how: str
+    into: tuple
+    reason: str
+
+
+class FoldReport(list):
+    """A `LayerFold` for each batch normalization; printed as a table.
+
+    Attributes:
+        folded: List of those that are gone.
+        left: List of the others.
+    """
+
+    @property
+    def folded(self):
+        return [one for one in self if one.how in (BEFORE, AFTER)]
+
+    @property
+    def left(self):
+        return [one for one in self if one.how not in (BEFORE, AFTER)]
+
+    def __str__(self):
+        return text_table(
+            ["layer", "folded", "into, or why not"],
+            [
+                [one.layer, one.how, ", ".join(one.into) or one.reason]
+                for one in self
+            ],
+        )
