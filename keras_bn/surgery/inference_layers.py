@@ -3,6 +3,9 @@
 import keras
 from keras import ops
 
+from keras_bn.dtypes import as_floats
+from keras_bn.dtypes import moments_dtype
+
 
 @keras.saving.register_keras_serializable(package="keras_bn")
 class ScaleAndShift(keras.layers.Layer):
@@ -37,7 +40,8 @@ class ScaleAndShift(keras.layers.Layer):
         )
 
     def call(self, inputs):
-        dtype = keras.backend.result_type(inputs.dtype, "float32")
+        inputs = as_floats(inputs, self.compute_dtype)
+        dtype = moments_dtype(inputs.dtype)
         scale, shift = (ops.cast(v, dtype) for v in (self.scale, self.shift))
         outputs = ops.cast(inputs, dtype) * scale + shift
         return ops.cast(outputs, self.compute_dtype)
