@@ -12,6 +12,7 @@ from keras_bn.surgery.cloning import ModelCloner
 from keras_bn.surgery.cloning import copy_compiled
 from keras_bn.surgery.cloning import copy_own_state
 from keras_bn.surgery.cloning import copy_trainable
+from keras_bn.surgery.linear_layers import in_float64
 from keras_bn.surgery.normalization_layers import copy_weights
 from keras_bn.surgery.normalization_layers import lost_in_keras
 from keras_bn.surgery.normalization_layers import to_group_normalization
@@ -108,10 +109,7 @@ def convert(model, to=BatchNormalization):
 def refuse_infinite_weights(caller, layer):
     """Raises ValueError where a weight of the layer is NaN or infinite."""
     for weight in layer.weights:
-        values = keras.ops.convert_to_numpy(
-            keras.ops.cast(weight, keras.backend.result_type(weight.dtype, float))
-        )
-        if not np.all(np.isfinite(values)):
+        if not np.all(np.isfinite(in_float64(weight))):
             raise ValueError(
                 f"`{caller}` needs finite weights in batch normalization. "
                 f"Received: layer {layer.name!r} with {weight.name} not "

@@ -42,8 +42,8 @@ def fold(model):
     Returns:
         `keras.Model` with weights of its own, that gives the same outputs in
         inference, up to rounding, is not compiled and not meant for training.
-        Its attribute `fold_report`, which is not saved with it, is a list of
-        what became of each batch normalization, and why; `print` shows a
+        Its attribute `fold_report`, which is not saved with it, is a sequence
+        of what became of each batch normalization, and why; `print` shows a
         table.
 
     Raises:
@@ -71,13 +71,14 @@ class _Folder:
         uses = uses_of(graphs.values())
         self._plans = {}
         self._weights = []
-        self.report = FoldReport()
+        report = []
         for path, graph in graphs.items():
             plan = FoldPlan(graph, path, uses)
-            self.report += plan.report
-            self.report += _kept_inside(graph, path)
+            report += plan.report
+            report += _kept_inside(graph, path)
             for operation in graph.operations:
                 self._plans[id(operation)] = plan
+        self.report = FoldReport(report)
         self._names = {layer.name for layer in model._flatten_layers()}
 
     def _instead_of(self, layer):

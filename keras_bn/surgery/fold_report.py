@@ -1,5 +1,6 @@
 """What `fold` did, layer by layer."""
 
+import collections.abc
 import dataclasses
 
 from keras_bn.diagnostics.text_table import text_table
@@ -30,13 +31,24 @@ class LayerFold:
     reason: str
 
 
-class FoldReport(list):
+class FoldReport(collections.abc.Sequence):
     """A `LayerFold` for each batch normalization; printed as a table.
+
+    No list, as a model would take one for a part of itself.
 
     Attributes:
         folded: List of those that are gone.
         left: List of the others.
     """
+
+    def __init__(self, layers):
+        self._layers = tuple(layers)
+
+    def __getitem__(self, index):
+        return self._layers[index]
+
+    def __len__(self):
+        return len(self._layers)
 
     @property
     def folded(self):
