@@ -1,5 +1,6 @@
 """Replaces the batch normalization in a model by another layer."""
 
+import os
 import warnings
 
 import keras
@@ -20,6 +21,8 @@ from keras_bn.surgery.normalization_layers import to_instance_normalization
 from keras_bn.surgery.normalization_layers import to_keras
 from keras_bn.surgery.normalization_layers import to_layer_normalization
 from keras_bn.surgery.normalization_layers import to_ours
+from keras_bn.surgery.tf_keras_models import from_tf_keras
+from keras_bn.surgery.tf_keras_models import is_tf_keras_model
 
 _BY_NAME = {
     "group": to_group_normalization,
@@ -38,7 +41,11 @@ def convert(model, to=BatchNormalization):
     Args:
         model: Functional or Sequential `keras.Model` that is built; nested
             models, shared layers, several inputs and outputs included. It is
-            left as it is.
+            left as it is. A model of tf-keras (Keras 2) too, or the path of an
+            .h5 or .keras file, also one that tf-keras wrote: what it was
+            compiled with stays behind. Batch normalization of its rank 4 and 5
+            gets `unbiased_variance=True`, as its fused operation, which is
+            the default there, acts so.
         to: What takes the place of each batch normalization:
             `keras_bn.BatchNormalization` (default) or
             `keras.layers.BatchNormalization`; `"group"`, `"layer"` or
@@ -66,6 +73,8 @@ def convert(model, to=BatchNormalization):
             layer.
     """
     make = _maker(to)
+    if isinstance(model, (str, os.PathLike)) or is_tf_keras_model(model):
+        model = from_tf_keras(model)
     layers = built_batch_normalizations("convert", model)
     wanted = [layer for layer in layers if _is_wanted(layer, to)]
     if to in BATCH_NORMALIZATIONS:
