@@ -23,6 +23,7 @@ _CLASSES = (
     "BatchNormalizationV1",
     "SyncBatchNormalization",
 )
+_RECURRENT = ("GRU", "LSTM", "RNN", "SimpleRNN", "Bidirectional")
 _NOT_HERE = ("adjustment", "fused")
 
 
@@ -156,15 +157,48 @@ def _for_keras_3(config):
     elif name == "Functional":
         config["module"] = "keras.src.models.functional"
         config["registered_name"] = "Functional"
+        _count_calls_from_0(config["config"])
     elif name == "Sequential":
         config["module"], config["registered_name"] = "keras", None
     elif name in ("DepthwiseConv1D", "DepthwiseConv2D"):
         # Theirs has the arguments of Conv2D.
         for unknown in ("filters", "groups"):
             config["config"].pop(unknown, None)
+    elif isinstance(config.get("config"), dict) and name in _RECURRENT:
+        # True is refused by Keras 3, which has no other layout.
+        if not config["config"].get("time_major"):
+            config["config"].pop("time_major", None)
     elif name == "Policy":
         return config["config"]["name"]
     return config
+
+
+def _count_calls_from_0(config):
+    """In tf-keras the first call of a model that begins with Input is 1.
+
+    Keras 3 sees to that itself for functional models in `output_layers`.
+    """
+    models = {
+        part["config"]["name"]: part["class_name"]
+        for part in config["layers"]
+        if part["class_name"] in ("Functional", "Sequential")
+        and part["config"]["layers"][0]["class_name"] == "InputLayer"
+    }
+
+    def counted(value, names):
+        if not isinstance(value, list):
+            return value
+        if len(value) > 2 and isinstance(value[0], str):
+            name, call, *rest = value
+            return [name, call - (name in names), *rest]
+        return [counted(one, names) for one in value]
+
+    for part in config["layers"]:
+        part["inbound_nodes"] = counted(part["inbound_nodes"], models)
+    config["output_layers"] = counted(
+        config["output_layers"],
+        [name for name, kind in models.items() if kind == "Sequential"],
+    )
 
 
 def _weights_in(groups, name):
