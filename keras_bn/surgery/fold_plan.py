@@ -1,0 +1,317 @@
+"""Decides where each batch normalization of a graph is folded into."""
+
+import collections
+
+import keras
+import numpy as np
+
+from keras_bn.model_layers import BATCH_NORMALIZATIONS
+from keras_bn.surgery.affine import NotExact
+from keras_bn.surgery.affine import of_batch_normalization
+from keras_bn.surgery.cloning import is_graph
+from keras_bn.surgery.fold_report import AFTER
+from keras_bn.surgery.fold_report import BEFORE
+from keras_bn.surgery.fold_report import KEPT
+from keras_bn.surgery.fold_report import MULTIPLY_ADD
+from keras_bn.surgery.fold_report import LayerFold
+from keras_bn.surgery.linear_layers import LINEAR_LAYERS
+from keras_bn.surgery.linear_layers import check_range
+from keras_bn.surgery.linear_layers import in_float64
+from keras_bn.surgery.linear_layers import linear_of
+from keras_bn.surgery.linear_layers import preimage
+from keras_bn.surgery.past_layers import ZERO_PADDINGS
+from keras_bn.surgery.past_layers import channel_axis
+from keras_bn.surgery.past_layers import check_positions
+from keras_bn.surgery.past_layers import moved_after
+from keras_bn.surgery.past_layers import moved_before
+
+
+def graphs_of(model):
+    """From paths to the graphs in a model, each once, the outermost first."""
+    graphs = {}
+    seen = set()
+
+    def collect(one, path):
+        if id(one) in seen:
+            return
+        seen.add(id(one))
+        graphs[path] = getattr(one, "_functional", one)
+        for layer in one.layers:
+            if is_graph(layer):
+                collect(layer, f"{path}{layer.name}/")
+
+    collect(model, "")
+    return graphs
+
+
+def nodes_of(graph):
+    """List of the calls in a graph, each after those it depends on."""
+    return [
+        node
+        for depth in sorted(graph._nodes_by_depth, reverse=True)
+        for node in graph._nodes_by_depth[depth]
+    ]
+
+
+def uses_of(graphs):
+    """How often each operation is called, by its id.
+
+    What is in a layer that is no graph counts once for that layer.
+    """
+    uses = collections.Counter()
+    for graph in graphs:
+        for node in nodes_of(graph):
+            uses[id(node.operation)] += 1
+        for layer in graph.layers:
+            if not is_graph(layer):
+                for part in layer._flatten_layers(include_self=False):
+                    uses[id(part)] += 1
+    return uses
+
+
+class FoldPlan:
+    """What becomes of each layer of one graph.
+
+    Args:
+        graph: `Functional`.
+        path: Str before the names of its layers in the report.
+        uses: `uses_of` all graphs of the model.
+
+    Attributes:
+        report: List of `LayerFold`, in the order of the graph.
+        removed: Set of the ids of the batch normalizations that are folded.
+        multiply_adds: From ids of the others to their `Affine`.
+        linears: From ids of layers to their new `Linear`.
+        borders: From ids of zero padding to the value `(channels,)` of its new
+            border.
+    """
+
+    def __init__(self, graph, path, uses):
+        self._path = path
+        self._uses = uses
+        self._outputs = {id(x) for x in graph.outputs}
+        self._consumers = collections.defaultdict(list)
+        self._producer = {}
+        nodes = nodes_of(graph)
+        self._nodes = {id(node.operation): node for node in nodes}
+        for node in nodes:
+            for tensor in node.input_tensors:
+                self._consumers[id(tensor)].append(node)
+            for tensor in node.outputs:
+                self._producer[id(tensor)] = node
+        self.removed = set()
+        self.multiply_adds = {}
+        self.linears = {}
+        self.borders = {}
+        self._done = {}
+        self._plan(
+            [n for n in nodes if isinstance(n.operation, BATCH_NORMALIZATIONS)]
+        )
+        self.report = list(self._done.values())
+
+    def is_output(self, layer):
+        """Whether what the layer returns is an output of the graph."""
+        outputs = self._nodes[id(layer)].outputs
+        return any(id(x) in self._outputs for x in outputs)
+
+    def input_shape(self, layer):
+        """Of a sample; the layer is called once."""
+        return self._nodes[id(layer)].input_tensors[0].shape[1:]
+
+    def _plan(self, nodes):
+        """Into what comes before where that can be, else into what follows.
+
+        What is nearer to a linear layer comes first, since it lets the next
+        one through.
+        """
+        reasons = {}
+        affines = {}
+        for node in nodes:
+            layer = node.operation
+            if id(layer) in self._done:
+                continue
+            # The place in the report's order.
+            self._note(layer, KEPT)
+            try:
+                affines[id(layer)] = affine_of(layer)
+                self._check_inference(node)
+                self._check_once(layer)
+                into = self._into_before(node, affines[id(layer)])
+                self._fold(layer, BEFORE, [into])
+            except NotExact as reason:
+                reasons[id(layer)] = [str(reason)]
+        for node in reversed(nodes):
+            layer = node.operation
+            if id(layer) in self.removed or len(reasons[id(layer)]) > 1:
+                continue
+            if id(layer) not in affines or not _is_inference(node):
+                self._note(layer, KEPT, reason=reasons[id(layer)][0])
+                continue
+            try:
+                self._check_once(layer)
+                changes = self._into_after(
+                    node.outputs[0], affines[id(layer)]
+                )
+                self._apply(changes)
+                self._fold(layer, AFTER, [x.name for x, *_ in changes])
+            except NotExact as reason:
+                reasons[id(layer)].append(str(reason))
+                self.multiply_adds[id(layer)] = affines[id(layer)]
+                unique = dict.fromkeys(reasons[id(layer)])
+                self._note(layer, MULTIPLY_ADD, reason="; ".join(unique))
+
+    def _fold(self, layer, how, into):
+        self.removed.add(id(layer))
+        self._note(layer, how, into)
+
+    def _note(self, layer, how, into=(), reason=""):
+        self._done[id(layer)] = LayerFold(
+            layer=self._path + layer.name,
+            how=how,
+            into=tuple(self._path + name for name in into),
+            reason=reason,
+        )
+
+    def _check_inference(self, node):
+        if not _is_inference(node):
+            raise NotExact("it is called with training=True")
+
+    def _check_once(self, operation):
+        if self._uses[id(operation)] > 1:
+            raise NotExact(f"{operation.name!r} is used more than once")
+
+    def _into_before(self, node, affine):
+        """Folds into a linear layer before; its name."""
+        while True:
+            (tensor, *_) = node.input_tensors
+            if id(tensor) in self._outputs:
+                raise NotExact("its inputs are an output of the model")
+            if len(self._consumers[id(tensor)]) > 1:
+                raise NotExact("its inputs go elsewhere too")
+            node = self._producer.get(id(tensor))
+            if node is None or node.is_input:
+                raise NotExact("an input of the model comes before it")
+            layer = node.operation
+            self._check_once(layer)
+            if id(layer) in self.removed:
+                continue
+            self._check_plain(node, "before")
+            (inputs,), (outputs,) = node.input_tensors, node.outputs
+            if type(layer) in LINEAR_LAYERS:
+                linear = self._linear(layer)
+                shape = outputs.shape[1:]
+                axis = channel_axis(layer, len(shape))
+                new = linear.after_outputs(
+                    *affine.vectors(axis, shape[axis])
+                )
+                new.check_range()
+                self.linears[id(layer)] = new
+                return layer.name
+            affine = moved_before(
+                layer, affine, inputs.shape[1:], outputs.shape[1:]
+            )
+
+    def _into_after(self, tensor, affine):
+        """List of `(layer, linear)` and `(padding layer, border)` to set."""
+        if id(tensor) in self._outputs:
+            raise NotExact("its outputs are an output of the model")
+        changes = []
+        for node in self._consumers[id(tensor)]:
+            layer = node.operation
+            self._check_once(layer)
+            (outputs, *_) = node.outputs
+            if id(layer) in self.removed:
+                changes += self._into_after(outputs, affine)
+                continue
+            self._check_plain(node, "after")
+            shape = tensor.shape[1:]
+            if type(layer) in LINEAR_LAYERS:
+                axis = channel_axis(layer, len(shape))
+                new = self._linear(layer).before_inputs(
+                    *affine.vectors(axis, shape[axis])
+                )
+                new.check_range()
+                changes.append((layer, new))
+            elif type(layer) in ZERO_PADDINGS:
+                changes += self._into_after(outputs, affine)
+                border = self._border(layer, affine, shape)
+                if border is not None:
+                    changes.append((layer, border))
+            else:
+                moved = moved_after(layer, affine, shape, outputs.shape[1:])
+                changes += self._into_after(outputs, moved)
+        if not self._consumers[id(tensor)]:
+            raise NotExact("nothing comes after it")
+        return changes
+
+    def _border(self, layer, affine, shape):
+        check_positions(layer, affine)
+        axis = channel_axis(layer, len(shape))
+        vectors = affine.vectors(axis, shape[axis])
+        before = self.borders.get(id(layer))
+        if before is None and not np.any(vectors[1] != 0.0):
+            return None
+        before = np.zeros(shape[axis]) if before is None else before
+        border = preimage(before, *vectors)
+        check_range(layer, border)
+        return border
+
+    def _apply(self, changes):
+        for layer, new in changes:
+            if isinstance(new, np.ndarray):
+                self.borders[id(layer)] = new
+            else:
+                self.linears[id(layer)] = new
+
+    def _linear(self, layer):
+        return self.linears.get(id(layer)) or linear_of(layer)
+
+    def _check_plain(self, node, where):
+        """Raises NotExact for a call with more than one tensor in and out.
+
+        A mask counts, except for the layers that ignore it.
+        """
+        layer = node.operation
+        name = f"{type(layer).__name__} {layer.name!r}"
+        if not isinstance(layer, keras.layers.Layer) or (
+            len(node.input_tensors) != 1 or len(node.outputs) != 1
+        ):
+            raise NotExact(f"{name} comes {where} it")
+        if not _is_inference(node):
+            raise NotExact(f"{name} is called with training=True")
+
+
+def affine_of(layer):
+    """The `Affine` of a batch normalization in inference.
+
+    Raises:
+        NotExact: it has none.
+    """
+    if type(layer) not in BATCH_NORMALIZATIONS:
+        raise NotExact(f"its class is {type(layer).__name__}")
+    if getattr(layer, "use_moving_statistics", None) is False:
+        raise NotExact("it normalizes with the batch's moments in inference")
+    rank = layer.input_spec.ndim
+    sizes = {axis % rank: n for axis, n in layer.input_spec.axes.items()}
+    if 0 in sizes:
+        raise NotExact("its channel axis is that of samples")
+    gamma, beta = (
+        in_float64(weight) if wanted else None
+        for weight, wanted in (
+            (getattr(layer, "gamma", None), layer.scale),
+            (getattr(layer, "beta", None), layer.center),
+        )
+    )
+    return of_batch_normalization(
+        in_float64(layer.moving_mean),
+        in_float64(layer.moving_variance),
+        gamma,
+        beta,
+        layer.epsilon,
+        {axis - 1: n for axis, n in sizes.items()},
+        rank - 1,
+    )
+
+
+def _is_inference(node):
+    return node.arguments.kwargs.get("training") is not True

@@ -1,0 +1,360 @@
+"""`convert`: Keras's layer and ours in each other's place, and other layers."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_bn
+from tests.keras_bn import frameworks
+from tests.keras_bn.surgery import models
+
+OURS = keras_bn.BatchNormalization
+KERAS = layers.BatchNormalization
+
+
+def _outputs(model, inputs, training=False):
+    return [
+        frameworks.array(x)
+        for x in keras.tree.flatten(model(inputs, training=training))
+    ]
+
+
+def _assert_within_4_ulp(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        ulp = np.spacing(np.abs(other).max())
+        np.testing.assert_allclose(one, other, rtol=0, atol=4 * ulp)
+
+
+def _triple(x):
+    return 3.0 * x
+
+
+class Block(layers.Layer):
+    """A custom layer, not registered, whose config holds its parts."""
+
+    def __init__(self, normalization, **kwargs):
+        super().__init__(**kwargs)
+        self.normalization = normalization
+
+    def build(self, input_shape):
+        self.shift = self.add_weight(shape=(), name="shift")
+        self.normalization.build(input_shape)
+
+    def call(self, inputs, training=None):
+        return self.shift + self.normalization(inputs, training=training)
+
+    def get_config(self):
+        part = keras.saving.serialize_keras_object(self.normalization)
+        return {**super().get_config(), "normalization": part}
+
+    @classmethod
+    def from_config(cls, config):
+        part = keras.saving.deserialize_keras_object(config["normalization"])
+        return cls(**{**config, "normalization": part})
+
+
+def _model(layer):
+    """Two inputs and outputs, shared and nested layers, wrappers, masks."""
+    images = keras.Input((6, 6, 3), name="images")
+    tokens = keras.Input((5,), dtype="int32", name="tokens")
+    shared = layer(name="shared", epsilon=1e-2)
+    x = shared(layers.Conv2D(4, 3, activation=_triple)(images))
+    x = x * 0.5 + shared(layers.Dropout(0.5, seed=3)(x))
+    inner = keras.Sequential(
+        [
+            keras.Input((4, 4, 4)),
+            layers.Conv2D(3, 3),
+            layer(renorm=True, renorm_clipping={"rmax": 2.0}),
+        ],
+        name="inner",
+    )
+    x = inner(inner.layers[0](layers.ZeroPadding2D(1)(x))[..., :1] + x)
+    x = layers.Lambda(lambda x: np.pi * x)(layers.Flatten()(x))
+    y = layers.Embedding(7, 4, mask_zero=True)(tokens)
+    y = layer(scale=False)(y)
+    y = layers.TimeDistributed(layer(beta_regularizer="l2"))(y)
+    y = Block(layer())(layers.GlobalAveragePooling1D()(y))
+    first = layers.Dense(2, name="first")(layers.Concatenate()([x, y]))
+    return keras.Model(
+        {"images": images, "tokens": tokens},
+        {"first": first, "second": layer(name="second", center=False)(y)},
+        name="model",
+    )
+
+
+def _inputs():
+    generator = np.random.default_rng(2)
+    return {
+        "images": generator.normal(size=(4, 6, 6, 3)).astype("float32"),
+        "tokens": np.array(
+            [[1, 2, 3, 0, 0], [4, 0, 0, 0, 0], [5, 6, 1, 2, 3], [6, 6, 0, 0, 0]]
+        ),
+    }
+
+
+def _graph(model):
+    """Names and calls, at every depth."""
+    config = model.get_config()
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {
+                k: strip(v)
+                for k, v in value.items()
+                if k in ("name", "layers", "inbound_nodes", "config", "args")
+                or k in ("keras_history", "input_layers", "output_layers")
+            }
+        if isinstance(value, (list, tuple)):
+            return [strip(v) for v in value]
+        return value
+
+    return strip(config)
+
+
+@pytest.mark.parametrize("there, here", [(KERAS, OURS), (OURS, KERAS)])
+def test_between_the_two_layers(there, here):
+    model = models.randomize(_model(there))
+    model.layers[3].trainable = False
+    model.compile(
+        keras.optimizers.SGD(0.001, momentum=0.9),
+        {"first": "mse", "second": keras.losses.Huber()},
+        metrics={"first": ["mae"]},
+    )
+    inputs = _inputs()
+    targets = {
+        name: np.ones(x.shape, "float32")
+        for name, x in model(inputs).items()
+    }
+    model.fit(inputs, targets, epochs=2, verbose=0)
+    weights = model.get_weights()
+    converted = keras_bn.convert(model, here)
+    kinds = [type(x) for x in converted._flatten_layers()]
+    assert kinds.count(there) == 0 and kinds.count(here) == 6
+    for other, weight in zip(
+        converted.get_weights(), weights, strict=True
+    ):
+        np.testing.assert_array_equal(other, weight)
+    assert _graph(converted) == _graph(model)
+    assert [x.trainable for x in converted._flatten_layers()] == [
+        x.trainable for x in model._flatten_layers()
+    ]
+    assert converted.get_layer("shared").epsilon == 1e-2
+    _assert_within_4_ulp(
+        _outputs(converted, inputs), _outputs(model, inputs)
+    )
+    # It goes on training where the model is.
+    for one in (model, converted):
+        one.fit(inputs, targets, epochs=2, verbose=0, shuffle=False)
+    assert model.optimizer is not converted.optimizer
+    assert int(frameworks.array(converted.optimizer.iterations.value)) == 4
+    for other, weight, name in zip(
+        converted.get_weights(),
+        model.get_weights(),
+        [w.path for w in model.weights],
+        strict=True,
+    ):
+        np.testing.assert_allclose(other, weight, 1e-3, 1e-4, err_msg=name)
+    # And back.
+    again = keras_bn.convert(converted, there)
+    for other, weight in zip(
+        again.get_weights(), converted.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(other, weight)
+
+
+def _check_application(name):
+    model, images = models.application(name)
+    there, here = KERAS, OURS
+    for _ in range(2):
+        converted = keras_bn.convert(model, here)
+        expected, found = (
+            frameworks.array(x(images, training=False))
+            for x in (model, converted)
+        )
+        size = np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, 0, 1e-4 * size)
+        assert not any(type(x) is there for x in converted._flatten_layers())
+        for a, b in zip(converted.weights, model.weights, strict=True):
+            np.testing.assert_array_equal(a.numpy(), b.numpy())
+        model, here, there = converted, there, here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ResNet50",
+        "MobileNetV2",
+        "EfficientNetB0",
+        "DenseNet121",
+        "Xception",
+        "InceptionV3",
+    ],
+)
+def test_applications(name):
+    _check_application(name)
+
+
+@pytest.mark.parametrize("layer", [KERAS, OURS])
+@pytest.mark.parametrize(
+    "to, kind, groups",
+    [
+        ("group", layers.GroupNormalization, 20),
+        ("instance", layers.GroupNormalization, 40),
+        ("layer", layers.LayerNormalization, None),
+    ],
+)
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_other_normalization(layer, to, kind, groups, axis):
+    if to == "layer" and frameworks.IS_TORCH:
+        # Keras's layer knows the last axis alone there.
+        axis = -1
+    shape = (5, 6, 40) if axis == -1 else (40, 5, 6)
+    model = keras.Sequential(
+        [keras.Input(shape), layer(axis=axis, epsilon=1e-4, name="norm")]
+    )
+    models.randomize(model)
+    gamma, beta = model.get_weights()[:2]
+    converted = keras_bn.convert(model, to)
+    (one,) = converted.layers
+    assert type(one) is kind and one.name == "norm" and one.epsilon == 1e-4
+    assert getattr(one, "groups", None) == groups
+    for weight, other in zip((gamma, beta), one.get_weights(), strict=True):
+        np.testing.assert_array_equal(other, weight)
+    inputs = np.random.default_rng(1).normal(2.0, 3.0, (2, *shape))
+    inputs = inputs.astype("float32")
+    x = np.moveaxis(inputs.astype("float64"), axis, -1)
+    if to == "layer":
+        mean, variance = (f(x, -1, keepdims=True) for f in (np.mean, np.var))
+    else:
+        parts = x.reshape(2, -1, groups, 40 // groups)
+        mean, variance = (
+            np.repeat(f(parts, (1, 3)), 40 // groups, -1)[:, None, None]
+            for f in (np.mean, np.var)
+        )
+    x = (x - mean) / np.sqrt(variance + 1e-4) * gamma + beta
+    np.testing.assert_allclose(
+        _outputs(converted, inputs)[0], np.moveaxis(x, -1, axis), 1e-4, 1e-4
+    )
+
+
+def test_a_function():
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(3), KERAS(name="a"), KERAS(name="b")]
+    )
+    models.randomize(model)
+
+    def momentum(layer):
+        return OURS(momentum=None, name=f"{layer.name}_cumulative")
+
+    converted = keras_bn.convert(model, momentum)
+    assert [x.name for x in converted.layers[1:]] == [
+        "a_cumulative",
+        "b_cumulative",
+    ]
+    for old, new in zip(model.layers, converted.layers, strict=True):
+        for name in ("gamma", "beta", "moving_mean", "moving_variance"):
+            if hasattr(old, name):
+                np.testing.assert_array_equal(
+                    getattr(new, name).numpy(), getattr(old, name).numpy()
+                )
+
+
+def test_options_that_keras_lacks():
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            OURS(momentum=None, virtual_batch_size=2, name="ghost"),
+            OURS(
+                renorm=True,
+                renorm_clipping=keras_bn.renorm_schedule(),
+                unbiased_variance=True,
+            ),
+        ]
+    )
+    models.randomize(model)
+    with pytest.warns(UserWarning, match="'ghost': .'virtual_batch_size', 'mo"):
+        converted = keras_bn.convert(model, KERAS)
+    inputs = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+    _assert_within_4_ulp(
+        _outputs(converted, inputs), _outputs(model, inputs)
+    )
+    converted(inputs, training=True)
+
+
+class Derived(KERAS):
+    pass
+
+
+class MakesItself(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.bn = KERAS()
+
+    def call(self, inputs):
+        return self.bn(inputs)
+
+
+class NoConfig(layers.Layer):
+    def __init__(self, size):
+        super().__init__()
+
+    def call(self, inputs):
+        return inputs
+
+
+class OwnCall(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.bn = KERAS()
+
+    def call(self, inputs):
+        return self.bn(inputs)
+
+
+class OwnConstructor(keras.Model):
+    def __init__(self, size):
+        inputs = keras.Input((size,))
+        super().__init__(inputs, KERAS()(inputs))
+
+
+def _sequential(*parts):
+    return keras.Sequential([keras.Input((3,)), *parts])
+
+
+def test_bad_input():
+    own = OwnCall()
+    own(np.ones((2, 3), "float32"))
+    sick = _sequential(KERAS())
+    sick.layers[0].moving_mean.assign([0.0, np.inf, 0.0])
+    axes = keras.Sequential([keras.Input((3, 4, 5)), OURS(axis=[1, 3])])
+    batch = _sequential(OURS(use_moving_statistics=False))
+    for model, to, message in (
+        (own, OURS, "whose `call` is its own"),
+        (OwnConstructor(3), OURS, "keeps a model's class"),
+        (_sequential(NoConfig(3), KERAS()), OURS, "cannot clone a layer"),
+        (_sequential(MakesItself()), OURS, "in its own code"),
+        (_sequential(Derived()), OURS, "no class derived from them"),
+        (sick, OURS, "moving_mean not finite"),
+        (axes, KERAS, "has one channel axis"),
+        (axes, "group", "have one channel axis"),
+        (batch, KERAS, "use_moving_statistics=False"),
+        (_sequential(layers.Dense(3)), OURS, "found no batch normalization"),
+        (keras.Sequential([KERAS()]), OURS, "that is built"),
+        (_sequential(KERAS()), "batch", "Received: to='batch'"),
+        (_sequential(KERAS()), layers.Dense, "`to` must be"),
+        (_sequential(KERAS()), lambda layer: None, "return a new layer"),
+        (_sequential(KERAS()), lambda layer: layer, "return a new layer"),
+        (
+            _sequential(KERAS()),
+            lambda layer: layers.LayerNormalization(axis=[0, 1]),
+            "",
+        ),
+        (None, OURS, "takes a keras.Model"),
+    ):
+        with pytest.raises(ValueError) as error:
+            keras_bn.convert(model, to)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    # Statistics that are dropped may be anything.
+    keras_bn.convert(sick, "layer")

@@ -1,0 +1,440 @@
+"""`fold`: the same outputs as Keras's own layers with batch normalization."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_bn
+from experiments import article
+from experiments import models as article_models
+from tests.keras_bn import frameworks
+from tests.keras_bn.surgery import models
+
+OURS = keras_bn.BatchNormalization
+BN = layers.BatchNormalization
+BEFORE = "into the layer before"
+AFTER = "into the layer after"
+LEFT = "multiply-add"
+# Elsewhere Keras narrows float64 in some layers.
+DTYPE = "float64" if frameworks.IS_TENSORFLOW else "float32"
+TOLERANCE = 1e-12 if frameworks.IS_TENSORFLOW else 1e-5
+IMAGE, SERIES, VOLUME = (6, 7, 4), (8, 3), (4, 4, 4, 3)
+
+INTO_BEFORE = {
+    "dense": (IMAGE, lambda: [layers.Dense(5), BN()]),
+    "conv1d": (
+        SERIES,
+        lambda: [layers.Conv1D(5, 3, padding="causal"), BN()],
+    ),
+    "conv2d": (
+        IMAGE,
+        lambda: [
+            layers.Conv2D(6, 3, strides=2, padding="same", use_bias=False),
+            OURS(),
+        ],
+    ),
+    "conv3d": (VOLUME, lambda: [layers.Conv3D(5, 2), BN()]),
+    "groups": (IMAGE, lambda: [layers.Conv2D(6, 3, groups=2), BN()]),
+    "depthwise 1d": (
+        SERIES,
+        lambda: [layers.DepthwiseConv1D(3, depth_multiplier=2), BN()],
+    ),
+    "depthwise 2d": (
+        IMAGE,
+        lambda: [layers.DepthwiseConv2D(3, depth_multiplier=2), BN()],
+    ),
+    "separable 1d": (SERIES, lambda: [layers.SeparableConv1D(5, 3), BN()]),
+    "separable 2d": (
+        IMAGE,
+        lambda: [layers.SeparableConv2D(5, 3, depth_multiplier=2), BN()],
+    ),
+    "transpose 1d": (
+        SERIES,
+        lambda: [layers.Conv1DTranspose(5, 3, strides=2), BN()],
+    ),
+    "transpose 2d": (IMAGE, lambda: [layers.Conv2DTranspose(5, 3), BN()]),
+    "transpose 3d": (VOLUME, lambda: [layers.Conv3DTranspose(5, 2), BN()]),
+    "not scaled": (
+        IMAGE,
+        lambda: [layers.Conv2D(5, 3), BN(scale=False, center=False)],
+    ),
+    "means": (
+        IMAGE,
+        lambda: [
+            layers.Conv2D(5, 3),
+            layers.Dropout(0.5),
+            layers.AveragePooling2D(2, padding="same"),
+            layers.UpSampling2D(2),
+            layers.Cropping2D(1),
+            BN(),
+        ],
+    ),
+    "global mean": (
+        IMAGE,
+        lambda: [layers.Conv2D(5, 3), layers.GlobalAveragePooling2D(), BN()],
+    ),
+    "reshape": (
+        (5,),
+        lambda: [layers.Dense(12), layers.Reshape((3, 4)), BN()],
+    ),
+    "permute": (
+        IMAGE,
+        lambda: [layers.Conv2D(5, 3), layers.Permute((3, 1, 2)), BN(axis=1)],
+    ),
+}
+INTO_AFTER = {
+    "dense": ((5,), lambda: [BN(), layers.Dense(3, activation="relu")]),
+    "dense of rank 4": (IMAGE, lambda: [BN(), layers.Dense(3)]),
+    "valid": (
+        IMAGE,
+        lambda: [OURS(), layers.Conv2D(6, 3, groups=2, strides=2)],
+    ),
+    "1x1": (IMAGE, lambda: [BN(), layers.Conv2D(5, 1, padding="same")]),
+    "flatten": (
+        IMAGE,
+        lambda: [BN(), layers.Flatten(), layers.Dense(3)],
+    ),
+    "several axes": (
+        IMAGE,
+        lambda: [OURS(axis=[1, 3]), layers.Flatten(), layers.Dense(3)],
+    ),
+    "permute": (
+        IMAGE,
+        lambda: [
+            BN(),
+            layers.Permute((3, 1, 2)),
+            layers.Flatten(),
+            layers.Dense(3),
+        ],
+    ),
+    "global mean": (
+        IMAGE,
+        lambda: [BN(), layers.GlobalAveragePooling2D(), layers.Dense(3)],
+    ),
+}
+PADDED = {
+    "same": lambda: [layers.Conv2D(5, 3, padding="same")],
+    "same, even": lambda: [layers.Conv2D(5, 4, padding="same")],
+    "same, strides": lambda: [layers.Conv2D(5, 3, strides=2, padding="same")],
+    "same, dilation": lambda: [
+        layers.Conv2D(6, 3, dilation_rate=2, groups=2, padding="same")
+    ],
+    "depthwise": lambda: [
+        layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same")
+    ],
+    "separable": lambda: [
+        layers.SeparableConv2D(5, 3, depth_multiplier=2, padding="same")
+    ],
+    "zero padding": lambda: [
+        layers.ZeroPadding2D(((1, 0), (2, 1))),
+        layers.Conv2D(5, 3),
+    ],
+    "both": lambda: [
+        layers.ZeroPadding2D(((1, 0), (2, 1))),
+        layers.Dropout(0.5),
+        layers.Conv2D(5, 3, padding="same"),
+    ],
+    "causal": lambda: [
+        layers.Reshape((42, 4)),
+        layers.Conv1D(5, 3, padding="causal", dilation_rate=2),
+    ],
+}
+
+
+def _outputs(model, inputs):
+    return keras.tree.map_structure(
+        frameworks.array, model(inputs, training=False)
+    )
+
+
+def _folded(model, shape):
+    """The folded model, after a comparison of outputs."""
+    inputs = np.random.default_rng(1).normal(size=(3, *shape)).astype(DTYPE)
+    folded = keras_bn.fold(model)
+    expected = _outputs(model, inputs)
+    np.testing.assert_allclose(
+        _outputs(folded, inputs),
+        expected,
+        rtol=0,
+        atol=TOLERANCE * np.abs(expected).max(),
+    )
+    return folded
+
+
+def _fold(shape, parts, gamma="both signs"):
+    keras.config.set_dtype_policy(DTYPE)
+    model = keras.Sequential([keras.Input(shape), *parts])
+    folded = _folded(models.randomize(model, gamma), shape)
+    return folded, [one.how for one in folded.fold_report]
+
+
+def _has_batch_normalization(model):
+    return any(isinstance(x, (BN, OURS)) for x in model._flatten_layers())
+
+
+@pytest.mark.parametrize("name", INTO_BEFORE)
+def test_into_the_layer_before(name):
+    shape, parts = INTO_BEFORE[name]
+    folded, hows = _fold(shape, parts(), "some zero")
+    assert hows == [BEFORE] and not _has_batch_normalization(folded)
+
+
+@pytest.mark.parametrize("name", INTO_AFTER)
+def test_into_the_layer_after(name):
+    shape, parts = INTO_AFTER[name]
+    folded, hows = _fold(shape, parts(), "some zero")
+    assert hows == [AFTER] and not _has_batch_normalization(folded)
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_with_what_is_normalized_to_zero(name):
+    folded, hows = _fold(IMAGE, [BN(), *PADDED[name]()])
+    assert hows == [AFTER] and not _has_batch_normalization(folded)
+    # A channel that is a constant is mapped to 0 nowhere.
+    _, hows = _fold(IMAGE, [BN(), *PADDED[name]()], "some zero")
+    assert hows == [LEFT]
+
+
+@pytest.mark.parametrize("pooling", [layers.MaxPooling2D, "global"])
+@pytest.mark.parametrize("gamma", ["positive", "both signs"])
+def test_maxima(pooling, gamma):
+    pooling = layers.GlobalMaxPooling2D if pooling == "global" else pooling
+    before = [layers.Conv2D(5, 3), pooling(), BN()]
+    after = [BN(), pooling(), layers.Flatten(), layers.Dense(3)]
+    expected = [BEFORE, AFTER] if gamma == "positive" else [LEFT, LEFT]
+    found = []
+    for parts in (before, after):
+        folded, (how,) = _fold(IMAGE, parts, gamma)
+        found.append(how)
+        (one,) = folded.fold_report
+        assert ("gamma is negative in " in one.reason) == (how == LEFT)
+    assert found == expected
+
+
+def test_channels_first():
+    first = {"data_format": "channels_first"}
+    if frameworks.IS_TENSORFLOW:
+        # Its CPU kernels have channels last only.
+        parts = [OURS(axis=1), layers.Flatten(**first), layers.Dense(3)]
+        expected = [AFTER]
+    else:
+        parts = [
+            layers.Conv2D(3, 3, **first),
+            BN(axis=1),
+            layers.ReLU(),
+            BN(axis=1),
+            layers.ZeroPadding2D(1, **first),
+            layers.Conv2D(3, 3, padding="same", **first),
+        ]
+        expected = [BEFORE, AFTER]
+    assert _fold(IMAGE, parts)[1] == expected
+
+
+@pytest.mark.parametrize(
+    "parts, reason",
+    [
+        ([layers.Conv2D(5, 3, activation="relu"), BN()], "activation of 'conv"),
+        ([layers.Dense(5), layers.ReLU(), BN()], "ReLU '.*' comes before it"),
+        ([BN(), layers.ReLU(), layers.Dense(3)], "ReLU '.*' comes after it"),
+        ([layers.Dense(4), BN(axis=1)], "depends on more than the channel"),
+        ([BN(), layers.Conv2DTranspose(3, 3)], "not all of the same weights"),
+        (
+            [layers.Conv2D(3, 3), layers.ZeroPadding2D(1), BN()],
+            "before it pads with zeros",
+        ),
+    ],
+)
+def test_left_alone(parts, reason):
+    # The layers are in the parameters, and built once.
+    parts = [type(x).from_config(x.get_config()) for x in parts]
+    folded, hows = _fold(IMAGE, parts)
+    assert hows == [LEFT]
+    assert re.search(reason, folded.fold_report[0].reason)
+
+
+def test_chains():
+    """What is folded lets the next one through."""
+    _, hows = _fold(IMAGE, [BN(), layers.Dropout(0.1), BN(), layers.Dense(3)])
+    assert hows == [AFTER, AFTER]
+    parts = [
+        BN(),
+        layers.Conv2D(3, 3, padding="same"),
+        BN(),
+        BN(),
+        layers.ReLU(),
+        BN(),
+        BN(),
+        layers.Conv2D(3, 3, padding="same"),
+    ]
+    folded, hows = _fold(IMAGE, parts)
+    assert hows == [AFTER, BEFORE, BEFORE, AFTER, AFTER]
+    assert len(folded.layers) == 5
+
+
+def test_a_graph(tmp_path):
+    """Branches, shared layers, nested models, several outputs."""
+    keras.config.set_dtype_policy(DTYPE)
+    inputs = keras.Input(IMAGE)
+    shared = layers.Conv2D(4, 3, name="shared")
+    both = BN(name="both")
+    twice = both(shared(inputs)) + both(shared(-inputs))
+    inner = keras.Sequential(
+        [layers.Conv2D(3, 2), BN(name="bn"), layers.ReLU()], name="inner"
+    )
+    # Its convolution's outputs go elsewhere too.
+    x = layers.Conv2D(4, 3)(inner(twice))
+    branches = [BN(name="branch")(x), x]
+    # Two layers after it take it in.
+    y = BN(name="two")(inner(twice))
+    ends = [layers.Flatten()(layers.Dense(2)(y)), layers.Conv2D(2, 2)(y)]
+    end = BN(name="end")(layers.Dense(2, name="head")(ends[0]))
+    model = keras.Model(
+        inputs, {"end": end, "other": ends[1], "sum": layers.Add()(branches)}
+    )
+    models.randomize(model)
+    before = model.get_weights()
+    folded = keras_bn.fold(model)
+    values = np.random.default_rng(1).normal(size=(3, *IMAGE)).astype(DTYPE)
+    expected = _outputs(model, values)
+    for name, found in _outputs(folded, values).items():
+        size = np.abs(expected[name]).max()
+        np.testing.assert_allclose(
+            found, expected[name], 0, 10 * TOLERANCE * size
+        )
+    how = {one.layer: one.how for one in folded.fold_report}
+    assert how == {
+        "both": LEFT,
+        "inner/bn": BEFORE,
+        "branch": LEFT,
+        "two": AFTER,
+        "end": BEFORE,
+    }
+    report = {one.layer: one for one in folded.fold_report}
+    assert "used more than once" in report["both"].reason
+    assert "go elsewhere too" in report["branch"].reason
+    assert report["inner/bn"].into == ("inner/conv2d",)
+    assert len(folded.fold_report.folded) == 3
+    assert "both" in str(folded.fold_report)
+    # The original is as it was, and both can be saved.
+    for then, now in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(now, then)
+    assert folded.output_names == model.output_names
+    folded.save(tmp_path / "folded.keras")
+    loaded = keras.saving.load_model(tmp_path / "folded.keras")
+    for name, found in _outputs(loaded, values).items():
+        np.testing.assert_array_equal(found, _outputs(folded, values)[name])
+
+
+def test_what_is_no_inference_is_kept():
+    inputs = keras.Input((4,))
+    x = layers.Dense(4)(inputs)
+    x = BN(name="trains")(x, training=True)
+    x = OURS(use_moving_statistics=False, name="batch")(x)
+    x = layers.TimeDistributed(layers.Dense(4))(layers.Reshape((1, 4))(x))
+    x = layers.TimeDistributed(BN(name="inside"))(x)
+    model = models.randomize(keras.Model(inputs, x))
+    folded = keras_bn.fold(model)
+    assert [(x.layer, x.how) for x in folded.fold_report] == [
+        ("trains", "kept"),
+        ("batch", "kept"),
+        ("time_distributed_1/inside", "kept"),
+    ]
+    values = np.random.default_rng(1).normal(size=(8, 4)).astype("float32")
+    np.testing.assert_allclose(
+        _outputs(folded, values), _outputs(model, values), 1e-5, 1e-5
+    )
+
+
+@pytest.mark.parametrize("layer", ["keras", "keras_bn"])
+def test_the_articles_network(layer):
+    """After ReLU, then pooling and a 'same' convolution, or the dense layer."""
+    keras.config.set_dtype_policy(DTYPE)
+    condition = article.CONDITIONS[11]
+    model = article_models.build(condition, layer=layer)
+    folded = _folded(models.randomize(model, "positive"), (32, 32, 3))
+    assert [(x.how, x.into) for x in folded.fold_report] == [
+        (AFTER, ("conv2",)),
+        (AFTER, ("dense",)),
+        (AFTER, ("logits",)),
+    ]
+    folded = _folded(models.randomize(model), (32, 32, 3))
+    assert [x.how for x in folded.fold_report] == [LEFT, LEFT, AFTER]
+
+
+FOLDED_BEFORE = {
+    "ResNet50": 53,
+    "MobileNetV2": 52,
+    "EfficientNetB0": 49,
+    "DenseNet121": 59,
+    "Xception": 40,
+    "InceptionV3": 94,
+}
+
+
+def _check_application(name, dtype):
+    keras.config.set_dtype_policy(dtype)
+    model, images = models.application(name)
+    folded = keras_bn.fold(model)
+    expected = _outputs(model, images)
+    deviation = expected.std(0).mean()
+    assert deviation > 0.05 * np.abs(expected).mean()
+    difference = np.abs(_outputs(folded, images) - expected).max()
+    if dtype == "float64":
+        assert difference < 1e-9 * np.abs(expected).max()
+    else:
+        assert difference < 1e-3 * deviation
+    hows = [one.how for one in folded.fold_report]
+    assert hows.count(BEFORE) == FOLDED_BEFORE[name]
+    assert set(hows) <= {BEFORE, AFTER, LEFT}
+    assert (len(hows) == FOLDED_BEFORE[name]) == (name != "DenseNet121")
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetB0"])
+def test_applications(name):
+    _check_application(name, "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float64"] if frameworks.IS_TENSORFLOW else ["float32"]
+)
+@pytest.mark.parametrize("name", FOLDED_BEFORE)
+def test_all_applications(name, dtype):
+    _check_application(name, dtype)
+
+
+def test_bad_input():
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.bn = BN()
+
+        def call(self, inputs):
+            return self.bn(inputs)
+
+    class NoConfig(layers.Layer):
+        def __init__(self, size):
+            super().__init__()
+
+        def call(self, inputs):
+            return inputs
+
+    own = Own()
+    own(np.ones((2, 3), "float32"))
+    sick = keras.Sequential([keras.Input((3,)), layers.Dense(3), BN()])
+    sick.layers[1].moving_variance.assign([1.0, np.nan, 1.0])
+    strange = keras.Sequential([keras.Input((3,)), NoConfig(3), BN()])
+    for model, message in (
+        (own, "whose `call` is its own"),
+        (sick, "moving_variance not finite"),
+        (strange, "cannot clone a layer. Received: layer 'no_config'"),
+        (keras.Sequential([layers.Dense(3), BN()]), "that is built"),
+        (keras.Sequential([keras.Input((3,)), layers.Dense(3)]), "found no"),
+        ("model", "takes a keras.Model"),
+    ):
+        with pytest.raises(ValueError, match="`fold` ") as error:
+            keras_bn.fold(model)
+        assert message in str(error.value) and "\n" not in str(error.value)
