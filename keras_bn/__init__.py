@@ -9,6 +9,7 @@ from keras_bn.diagnostics.recalibrate_in_fit import RecalibrateStatistics
 from keras_bn.diagnostics.watch import watch_statistics
 from keras_bn.layer import BatchNormalization
 from keras_bn.renorm_schedule import renorm_schedule
+from keras_bn.serving.export import export_saved_model
 from keras_bn.surgery.freeze import freeze
 from keras_bn.surgery.freeze import reset_statistics
 from keras_bn.surgery.freeze import thaw
@@ -21,6 +22,7 @@ __all__ = [
     "RecalibrateStatistics",
     "StatisticsMonitor",
     "audit",
+    "export_saved_model",
     "freeze",
     "recalibrate",
     "renorm_schedule",
