@@ -141,6 +141,9 @@ def _make_directories(directory):
 def _remove_unfinished(directory):
     for folder in directory.glob(f"{_UNFINISHED}*"):
         with contextlib.suppress(OSError):
+            if not os.listdir(folder):
+                # Just made by a process that has not locked it yet.
+                continue
             held = os.open(folder, os.O_RDONLY)
             try:
                 # Fails where its process is alive.

@@ -74,7 +74,7 @@ def _modules_of(models):
     return sorted(
         name
         for name in modules - {"__main__"}
-        if name.partition(".")[0] not in ("keras", "keras_bn")
+        if name.partition(".")[0] != "keras"
     )
 
 

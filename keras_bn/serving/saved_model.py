@@ -119,16 +119,16 @@ def _decoded(image_bytes, shape):
         tf.equal(tf.strings.substr(image_bytes, 0, len(_PNG)), _PNG),
         tf.equal(tf.strings.substr(image_bytes, 0, len(_JPEG)), _JPEG),
     )
-    # Of the first that is neither, for the message; if all are, unused.
-    first = tf.argmin(tf.cast(known, tf.int32))
-    length = tf.strings.length(tf.gather(image_bytes, first[None]))
+    # Where the first one is that is neither.
+    first = tf.reduce_sum(tf.math.cumprod(tf.cast(known, tf.int32)))
+    length = tf.strings.length(image_bytes[first : first + 1])
     check = tf.debugging.Assert(
         tf.reduce_all(known),
         [
             tf.strings.format(
                 "classify_bytes takes PNG or JPEG images. Received: "
                 "image_bytes[{}], {} bytes that are neither",
-                (first, length[0]),
+                (first, tf.reduce_sum(length)),
             )
         ],
     )
@@ -151,7 +151,9 @@ def _decoded(image_bytes, shape):
             ],
         )
         with tf.control_dependencies([check]):
-            return tf.ensure_shape(tf.identity(image), shape)
+            image = tf.identity(image)
+        image.set_shape(shape)
+        return image
 
     with tf.control_dependencies([check]):
         image_bytes = tf.identity(image_bytes)
