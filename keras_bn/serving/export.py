@@ -102,8 +102,10 @@ def export_saved_model(
         batch = random_batch(interface)
     else:
         batch = as_arrays("verify_on", verify_on, interface)
+    if warmup is not None and warmup is not False:
+        warmup = as_arrays("warmup", warmup, interface)
     _check_tensorflow()
-    requests = _warmup_batch(warmup, batch, interface)
+    requests = _requests(warmup, batch)
     folded = _folded(model) if fold else model
 
     def fill(folder):
@@ -149,24 +151,23 @@ def _check_tensorflow():
         )
 
 
-def _warmup_batch(warmup, batch, interface):
+def _requests(warmup, batch):
+    """The samples of warm-up requests, or None."""
     if warmup is False:
         return None
-    possible = _is_installed("tensorflow_serving")
-    if warmup is None and not possible:
-        warnings.warn(
-            "No warm-up requests are written, for want of TensorFlow "
-            "Serving's protos: pip install tensorflow-serving-api, or give "
-            "warmup=False.",
-            stacklevel=3,
-        )
-        return None
-    if not possible:
+    if _is_installed("tensorflow_serving"):
+        return batch if warmup is None else warmup
+    if warmup is not None:
         raise ImportError(
             "`warmup` needs TensorFlow Serving's protos: "
             "pip install tensorflow-serving-api"
         )
-    return batch if warmup is None else as_arrays("warmup", warmup, interface)
+    warnings.warn(
+        "No warm-up requests are written, for want of TensorFlow Serving's "
+        "protos: pip install tensorflow-serving-api, or give warmup=False.",
+        stacklevel=3,
+    )
+    return None
 
 
 def _is_installed(module):
