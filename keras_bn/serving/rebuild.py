@@ -8,6 +8,7 @@ graph whatever the model was trained on. Run as a module it is that process.
 import importlib
 import json
 import os
+import re
 import sys
 import tempfile
 
@@ -112,9 +113,19 @@ def main():
 
 
 def _load(path):
-    # This process's parent made the file a moment ago from what it runs
-    # itself, so it may hold functions.
-    return keras.saving.load_model(path, compile=False, safe_mode=False)
+    try:
+        # What started this process made the file a moment ago from what it
+        # runs itself, so it may hold functions.
+        return keras.saving.load_model(path, compile=False, safe_mode=False)
+    except Exception as error:
+        # Keras raises many kinds, each with a model's whole configuration.
+        unknown = re.search("Could not locate \\w+ '[^']+'", str(error))
+        if unknown is None:
+            raise
+        raise ValueError(
+            f"{unknown[0]}. Define it in a module that can be imported, under "
+            "@keras.saving.register_keras_serializable()"
+        ) from error
 
 
 if __name__ == "__main__":
