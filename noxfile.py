@@ -25,8 +25,15 @@ PROGRAMS = [
     "tensorflow-datasets",
     "tqdm",
 ]
+# What reads an exported model, or converts it.
+RUNTIMES = ["ai-edge-litert", "onnx", "onnxruntime", "openvino", "tf2onnx"]
 ENVIRONMENTS = {
-    "tensorflow": [".[experiments,tensorflow,test]", "tf-keras"],
+    # Models are exported from JAX and PyTorch by way of TensorFlow.
+    "tensorflow": [
+        ".[experiments,jax,serving,tensorflow,test,torch]",
+        "tf-keras",
+        *RUNTIMES,
+    ],
     "jax": [".[jax,ray,test]", "flax", *PROGRAMS],
     "torch": [".[torch,test]", *PROGRAMS],
 }

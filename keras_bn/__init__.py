@@ -9,6 +9,7 @@ from keras_bn.diagnostics.recalibrate_in_fit import RecalibrateStatistics
 from keras_bn.diagnostics.watch import watch_statistics
 from keras_bn.layer import BatchNormalization
 from keras_bn.renorm_schedule import renorm_schedule
+from keras_bn.serving.export import export_saved_model
 from keras_bn.surgery.convert import convert
 from keras_bn.surgery.fold import fold
 from keras_bn.surgery.freeze import freeze
@@ -24,6 +25,7 @@ __all__ = [
     "StatisticsMonitor",
     "audit",
     "convert",
+    "export_saved_model",
     "fold",
     "freeze",
     "recalibrate",

@@ -5,6 +5,8 @@ on the layer afterwards reaches no function that was traced before. PyTorch
 runs the layer itself, and `torch.compile` watches its attributes.
 """
 
+import contextlib
+import contextvars
 import sys
 import typing
 import warnings
@@ -21,6 +23,21 @@ _KEPT_BY_KERAS = {
 }
 _NOT_THE_USERS = ("keras", "keras_bn", "tensorflow", "torch")
 
+_unnoticed = contextvars.ContextVar("unnoticed", default=False)
+
+
+@contextlib.contextmanager
+def unnoticed():
+    """A context in which functions are traced that will not be run again.
+
+    What is set on a layer later need not reach them: they were exported.
+    """
+    token = _unnoticed.set(True)
+    try:
+        yield
+    finally:
+        _unnoticed.reset(token)
+
 
 class CompiledFunctions:
     """The compiled functions that one layer was traced into."""
@@ -30,7 +47,7 @@ class CompiledFunctions:
 
     def note(self, training, did):
         """To be called when the layer is, with `did`, what it then does."""
-        if not _is_compiling():
+        if _unnoticed.get() or not _is_compiling():
             return
         self._traces = {t: d for t, d in self._traces.items() if t.is_in_use()}
         trace = _trace(bool(training))

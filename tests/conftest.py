@@ -41,6 +41,13 @@ collect_ignore = [
     )
     if backend != keras.backend.backend()
 ]
+if keras.backend.backend() != "tensorflow":
+    # What is exported is run by TensorFlow, and by what reads its files.
+    collect_ignore += [
+        "keras_bn/serving/test_other_backends.py",
+        "keras_bn/serving/test_runtimes.py",
+        "keras_bn/serving/test_saved_model.py",
+    ]
 if keras.backend.backend() == "torch":
     # Its replicas are in processes of their own, out of the audit's sight.
     collect_ignore.append("keras_bn/diagnostics/test_audit_replicas.py")

@@ -1,0 +1,1 @@
+"""What turns a trained model into one that a server loads."""

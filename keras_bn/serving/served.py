@@ -1,0 +1,118 @@
+"""What a SavedModel answers, and how fast, with TensorFlow alone."""
+
+import os
+import tempfile
+import typing
+from pathlib import Path
+
+import numpy as np
+
+from keras_bn.serving import child_process
+
+_PROGRAM = Path(__file__).with_name("tensorflow_alone.py")
+
+
+class Latency(typing.NamedTuple):
+    """Seconds that one batch takes, at the median and the 99th percentile."""
+
+    p50: float
+    p99: float
+
+
+def outputs(path, calls):
+    """Runs signatures of a SavedModel in a process of its own.
+
+    Args:
+        path: Path of the SavedModel.
+        calls: List of (signature, dictionary of arrays by the names of its
+            inputs). For an input of encoded images, images of uint8.
+
+    Returns:
+        List of dictionaries of arrays, one for each call.
+
+    Raises:
+        ExportError: It cannot be loaded or run.
+    """
+    arrays, named = {}, []
+    for number, (signature, inputs) in enumerate(calls):
+        keys = {key: f"{number}/{key}" for key in inputs}
+        named.append((signature, keys))
+        arrays |= {keys[key]: array for key, array in inputs.items()}
+    found = _ask("outputs", [path], arrays, named)
+    answers = [{} for _ in calls]
+    for key, array in found.items():
+        number, _, name = key.partition("/")
+        answers[int(number)][name] = array
+    return answers
+
+
+def latencies(paths, inputs, sizes=(1, 8, 64), repeats=200):
+    """Measures `serving_default` of SavedModels, in turn in one process.
+
+    Each call is timed until its outputs are NumPy arrays.
+
+    Args:
+        paths: List of paths: of a model before and after folding, say.
+        inputs: Dictionary of a batch of each input by its name; repeated or
+            cut to the batch sizes.
+        sizes: Batch sizes.
+        repeats: Calls of each model at each size, after three to warm up.
+
+    Returns:
+        List of a dictionary from batch size to `Latency`, for each path.
+
+    Raises:
+        ExportError: One cannot be loaded or run.
+    """
+    calls = {"sizes": list(sizes), "repeats": repeats}
+    seconds = _ask("latencies", paths, inputs, calls)["seconds"]
+    return [
+        {
+            size: Latency(*map(float, np.percentile(times, [50, 99])))
+            for size, times in zip(sizes, of_model)
+        }
+        for of_model in seconds
+    ]
+
+
+def answers_to_threads(path, inputs, threads=2, batches=1000):
+    """Asks `serving_default` for one batch again and again from threads.
+
+    Args:
+        path: Path of the SavedModel.
+        inputs: Dictionary of a batch of each input by its name.
+        threads: Number of threads that ask at once.
+        batches: Number of batches, of all threads together.
+
+    Returns:
+        Tuple of the number of different answers, to the bit, and one of them:
+        a dictionary of arrays.
+
+    Raises:
+        ExportError: It cannot be loaded or run.
+    """
+    calls = {"threads": threads, "batches": batches}
+    found = _ask("answers", [path], inputs, calls)
+    different = int(found.pop("different"))
+    return different, {k.partition("/")[2]: v for k, v in found.items()}
+
+
+def _ask(run, paths, arrays, calls):
+    with tempfile.TemporaryDirectory() as files:
+        request = {
+            "run": run,
+            "paths": [str(path) for path in paths],
+            "arrays": os.path.join(files, "arrays.npz"),
+            "found": os.path.join(files, "found.npz"),
+            "calls": calls,
+        }
+        np.savez(request["arrays"], **arrays)
+        child_process.run(
+            "Running the export with TensorFlow alone",
+            # Without -P its folder would be searched for modules first.
+            ["-P", str(_PROGRAM)],
+            request,
+            {},
+        )
+        with np.load(request["found"]) as found:
+            return dict(found)

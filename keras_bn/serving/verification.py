@@ -1,0 +1,157 @@
+"""Compares what an export answers with what the model does."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bn.serving import served
+from keras_bn.serving.errors import ExportError
+from keras_bn.serving.interface import as_uint8_images
+from keras_bn.serving.interface import call
+
+# The largest difference, as a share of the outputs' deviation over the batch
+# and of their largest value: by the narrowest dtype that the model computes
+# in. Frameworks and folding round differently; a wrong graph is off by more.
+_TOLERANCES = {
+    "float64": (1e-9, 1e-12),
+    "float32": (1e-3, 1e-4),
+    "float16": (2e-2, 1e-2),
+    "bfloat16": (1e-1, 5e-2),
+}
+
+
+def outputs_of(model, preprocessing, arrays):
+    """What the model answers here, on its own backend.
+
+    Args:
+        model: Functional or sequential model.
+        preprocessing: Model of one input, or None.
+        arrays: List of a batch of each input.
+
+    Returns:
+        List of arrays.
+
+    Raises:
+        ExportError: The model cannot be run on them, or its outputs are not
+            finite.
+    """
+    try:
+        inputs = [ops.convert_to_tensor(array) for array in arrays]
+        outputs = call(model, preprocessing, inputs)
+        found = [
+            ops.convert_to_numpy(ops.cast(x, "float32") if _is_short(x) else x)
+            for x in outputs
+        ]
+    except Exception as error:
+        # Each backend raises kinds of its own.
+        raise ExportError(
+            "The model cannot be run on the batch of `verify_on`: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:400]}. "
+            "Nothing was published."
+        ) from error
+    for output in found:
+        if output.dtype.kind == "f" and not np.all(np.isfinite(output)):
+            raise ExportError(
+                "The model's outputs are not finite on the batch of "
+                "`verify_on`. Look at its weights, "
+                "keras_bn.audit(model) for those of batch normalization. "
+                "Nothing was published."
+            )
+    return found
+
+
+def verify(folder, model, preprocessing, interface, arrays):
+    """Runs all signatures of an export with TensorFlow alone, and compares.
+
+    Args:
+        folder: Path of the SavedModel.
+        model: The model as it was given, before folding.
+        preprocessing: Model of one input, or None.
+        interface: Their `Interface`.
+        arrays: List of a batch of each input.
+
+    Raises:
+        ExportError: The export cannot be loaded or run, or answers something
+            else than the model.
+    """
+    names = [one.name for one in interface.inputs]
+    expected = [outputs_of(model, preprocessing, arrays)]
+    calls = [("serving_default", dict(zip(names, arrays, strict=True)))]
+    if interface.takes_images:
+        images = as_uint8_images(arrays)
+        of_images = outputs_of(
+            model, preprocessing, [images.astype(arrays[0].dtype)]
+        )
+        if interface.inputs[0].dtype != "uint8":
+            expected.append(of_images)
+            calls.append(("serving_uint8", {names[0]: images}))
+    if interface.class_names is not None:
+        calls.append(("classify_bytes", {"image_bytes": images}))
+    answers = served.outputs(folder, calls)
+    shares = _TOLERANCES[_narrowest_dtype(model)]
+    for (signature, _), answer, wanted in zip(calls, answers, expected):
+        for name, one in zip(interface.outputs, wanted, strict=True):
+            _compare(f"{signature}: {name}", answer[name], one, shares)
+    if interface.class_names is not None:
+        _compare_classes(answers[-1], of_images[0], interface, shares)
+
+
+def _compare_classes(answer, outputs, interface, shares):
+    """Compares sums over classes of the same name; the order must fall."""
+    if interface.activation == "linear":
+        outputs = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
+        outputs /= outputs.sum(axis=-1, keepdims=True)
+    names = [name.encode() for name in interface.class_names]
+    distinct = sorted(set(names))
+    found = np.zeros((len(outputs), len(distinct)))
+    wanted = np.zeros_like(found)
+    for row in range(len(outputs)):
+        for name, value in zip(
+            answer["class_names"][row], answer["probabilities"][row]
+        ):
+            found[row, distinct.index(name)] += value
+        for name, value in zip(names, outputs[row]):
+            wanted[row, distinct.index(name)] += value
+    _compare("classify_bytes: probabilities", found, wanted, shares)
+    if np.any(np.diff(answer["probabilities"], axis=-1) > 0.0):
+        raise ExportError(
+            "classify_bytes: the probabilities do not fall. "
+            "Nothing was published."
+        )
+
+
+def _compare(what, found, wanted, shares):
+    if found.shape != wanted.shape or found.dtype.kind != wanted.dtype.kind:
+        raise ExportError(
+            f"The export does not answer as the model does. {what} has shape "
+            f"{found.shape} and dtype {found.dtype}, the model's output "
+            f"{wanted.shape} and {wanted.dtype}. Nothing was published."
+        )
+    if found.dtype.kind != "f":
+        allowed = 0.0
+    else:
+        deviation = np.std(np.float64(wanted), axis=0).max(initial=0.0)
+        largest = np.abs(wanted).max(initial=0.0)
+        allowed = shares[0] * deviation + shares[1] * largest
+    difference = np.abs(np.float64(found) - np.float64(wanted))
+    difference = difference.max(initial=0.0)
+    # A NaN is not below anything.
+    if not difference <= allowed:
+        raise ExportError(
+            f"The export does not answer as the model does. {what} is off by "
+            f"{difference:.3g}, with at most {allowed:.3g} from rounding. "
+            "Nothing was published."
+        )
+
+
+def _narrowest_dtype(model):
+    dtypes = {layer.compute_dtype for layer in model._flatten_layers()}
+    for dtype in reversed(_TOLERANCES):
+        if dtype in dtypes:
+            return dtype
+    return "float32"
+
+
+def _is_short(tensor):
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    return dtype in ("float16", "bfloat16")
