@@ -162,10 +162,9 @@ def test_batches(tmp_path):
 
 
 def test_without_tensorflow(tmp_path, monkeypatch):
+    model = models.image_model()
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    _refused(
-        tmp_path, ImportError, "pip install tensorflow", models.image_model()
-    )
+    _refused(tmp_path, ImportError, "pip install tensorflow", model)
 
 
 def test_without_tensorflow_servings_protos(monkeypatch):

@@ -136,7 +136,7 @@ def test_a_kill_in_the_middle(tmp_path):
 
 
 def test_several_publish_at_once(tmp_path):
-    together = threading.Barrier(4)
+    together = threading.Barrier(4, timeout=60)
 
     def fill(folder):
         _fill(folder)
