@@ -129,6 +129,7 @@ def test_run_json_says_what_made_the_run(undisturbed):
         "input": "raw",
         "shuffle": False,
         "layer": "keras_bn",
+        "placement": "after",
         "distribution": "none",
         "replicas": 1,
         "synchronized": False,

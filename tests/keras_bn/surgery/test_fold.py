@@ -144,6 +144,12 @@ PADDED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _precision():
+    """Of every layer that a test makes; undone after it, as all settings."""
+    keras.config.set_dtype_policy(DTYPE)
+
+
 def _outputs(model, inputs):
     return keras.tree.map_structure(
         frameworks.array, model(inputs, training=False)
@@ -165,7 +171,6 @@ def _folded(model, shape):
 
 
 def _fold(shape, parts, gamma="both signs"):
-    keras.config.set_dtype_policy(DTYPE)
     model = keras.Sequential([keras.Input(shape), *parts])
     folded = _folded(models.randomize(model, gamma), shape)
     return folded, [one.how for one in folded.fold_report]
@@ -233,24 +238,40 @@ def test_channels_first():
     assert _fold(IMAGE, parts)[1] == expected
 
 
-@pytest.mark.parametrize(
-    "parts, reason",
-    [
-        ([layers.Conv2D(5, 3, activation="relu"), BN()], "activation of 'conv"),
-        ([layers.Dense(5), layers.ReLU(), BN()], "ReLU '.*' comes before it"),
-        ([BN(), layers.ReLU(), layers.Dense(3)], "ReLU '.*' comes after it"),
-        ([layers.Dense(4), BN(axis=1)], "depends on more than the channel"),
-        ([BN(), layers.Conv2DTranspose(3, 3)], "not all of the same weights"),
-        (
-            [layers.Conv2D(3, 3), layers.ZeroPadding2D(1), BN()],
-            "before it pads with zeros",
-        ),
+_LEFT_ALONE = {
+    "activation of 'conv": lambda: [
+        layers.Conv2D(5, 3, activation="relu"),
+        BN(),
     ],
-)
-def test_left_alone(parts, reason):
-    # The layers are in the parameters, and built once.
-    parts = [type(x).from_config(x.get_config()) for x in parts]
-    folded, hows = _fold(IMAGE, parts)
+    "ReLU '.*' comes before it": lambda: [
+        layers.Dense(5),
+        layers.ReLU(),
+        BN(),
+    ],
+    "ReLU '.*' comes after it": lambda: [
+        BN(),
+        layers.ReLU(),
+        layers.Dense(3),
+    ],
+    "depends on more than the channel": lambda: [
+        layers.Dense(4),
+        BN(axis=1),
+    ],
+    "not all of the same weights": lambda: [
+        BN(),
+        layers.Conv2DTranspose(3, 3),
+    ],
+    "before it pads with zeros": lambda: [
+        layers.Conv2D(3, 3),
+        layers.ZeroPadding2D(1),
+        BN(),
+    ],
+}
+
+
+@pytest.mark.parametrize("reason", _LEFT_ALONE)
+def test_left_alone(reason):
+    folded, hows = _fold(IMAGE, _LEFT_ALONE[reason]())
     assert hows == [LEFT]
     assert re.search(reason, folded.fold_report[0].reason)
 
@@ -276,7 +297,6 @@ def test_chains():
 
 def test_a_graph(tmp_path):
     """Branches, shared layers, nested models, several outputs."""
-    keras.config.set_dtype_policy(DTYPE)
     inputs = keras.Input(IMAGE)
     shared = layers.Conv2D(4, 3, name="shared")
     both = BN(name="both")
@@ -351,7 +371,6 @@ def test_what_is_no_inference_is_kept():
 @pytest.mark.parametrize("layer", ["keras", "keras_bn"])
 def test_the_articles_network(layer):
     """After ReLU, then pooling and a 'same' convolution, or the dense layer."""
-    keras.config.set_dtype_policy(DTYPE)
     condition = article.CONDITIONS[11]
     model = article_models.build(condition, layer=layer)
     folded = _folded(models.randomize(model, "positive"), (32, 32, 3))
