@@ -9,6 +9,7 @@ import inspect
 import tempfile
 
 import keras
+import numpy as np
 from keras import tree
 from keras.src.models.functional import Functional
 from keras.src.models.functional import functional_like_constructor
@@ -221,6 +222,14 @@ def custom_objects_of(operation):
     )
 
 
+def copied(value):
+    """The values as an array that nothing else holds.
+
+    JAX variables would share theirs, and `fit` of one model deletes it.
+    """
+    return np.array(keras.ops.convert_to_numpy(value))
+
+
 def copy_own_state(layer, clone):
     """Copies weights, states of random numbers and assets, not of its parts.
 
@@ -231,9 +240,9 @@ def copy_own_state(layer, clone):
     """
     store = {}
     layer.save_own_variables(store)
-    clone.load_own_variables(store)
+    clone.load_own_variables({k: copied(v) for k, v in store.items()})
     for old, new in zip(layer._seed_generators, clone._seed_generators):
-        new.state.assign(old.state)
+        new.state.assign(copied(old.state))
     if hasattr(layer, "save_assets"):
         with tempfile.TemporaryDirectory() as folder:
             layer.save_assets(folder)
@@ -273,7 +282,7 @@ def copy_compiled(model, clone):
         tuple(a.shape) == tuple(b.shape) for a, b in pairs
     ):
         for before, variable in pairs:
-            variable.assign(before)
+            variable.assign(copied(before))
 
 
 def _without_state(value):

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from keras_bn.layer import BatchNormalization
+from keras_bn.surgery.cloning import copied
 
 _GAMMA_AND_BETA = (
     "epsilon",
@@ -136,7 +137,7 @@ def copy_weights(old, new):
         weight, other = (getattr(x, name, None) for x in (old, new))
         if weight is None or other is None:
             continue
-        values = np.asarray(keras.ops.convert_to_numpy(weight))
+        values = copied(weight)
         if values.size != np.prod(other.shape, dtype=int):
             raise ValueError(
                 f"`convert` keeps {name}, of as many values as before. "

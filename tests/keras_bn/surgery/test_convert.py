@@ -20,10 +20,11 @@ def _outputs(model, inputs, training=False):
     ]
 
 
-def _assert_within_4_ulp(found, expected):
+def _assert_within_ulp(count, found, expected):
+    """Units in the last place of the largest output."""
     for one, other in zip(found, expected, strict=True):
         ulp = np.spacing(np.abs(other).max())
-        np.testing.assert_allclose(one, other, rtol=0, atol=4 * ulp)
+        np.testing.assert_allclose(one, other, rtol=0, atol=count * ulp)
 
 
 def _triple(x):
@@ -140,8 +141,9 @@ def test_between_the_two_layers(there, here):
         x.trainable for x in model._flatten_layers()
     ]
     assert converted.get_layer("shared").epsilon == 1e-2
-    _assert_within_4_ulp(
-        _outputs(converted, inputs), _outputs(model, inputs)
+    # Four layers of it in a row.
+    _assert_within_ulp(
+        16, _outputs(converted, inputs), _outputs(model, inputs)
     )
     # It goes on training where the model is.
     for one in (model, converted):
@@ -161,6 +163,21 @@ def test_between_the_two_layers(there, here):
         again.get_weights(), converted.get_weights(), strict=True
     ):
         np.testing.assert_array_equal(other, weight)
+
+
+@pytest.mark.parametrize("there, here", [(KERAS, OURS), (OURS, KERAS)])
+@pytest.mark.parametrize("shape", [(7, 6, 5), (9, 5), (5,)])
+def test_inference_of_one_layer(there, here, shape):
+    model = keras.Sequential(
+        [keras.Input(shape), layers.Dense(8), there(), layers.ReLU()]
+    )
+    models.randomize(model)
+    inputs = np.random.default_rng(0).normal(2.0, 3.0, (16, *shape))
+    inputs = inputs.astype("float32")
+    converted = keras_bn.convert(model, here)
+    _assert_within_ulp(
+        4, _outputs(converted, inputs), _outputs(model, inputs)
+    )
 
 
 def _check_application(name):
@@ -277,8 +294,8 @@ def test_options_that_keras_lacks():
     with pytest.warns(UserWarning, match="'ghost': .'virtual_batch_size', 'mo"):
         converted = keras_bn.convert(model, KERAS)
     inputs = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
-    _assert_within_4_ulp(
-        _outputs(converted, inputs), _outputs(model, inputs)
+    _assert_within_ulp(
+        8, _outputs(converted, inputs), _outputs(model, inputs)
     )
     converted(inputs, training=True)
 

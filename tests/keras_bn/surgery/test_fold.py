@@ -146,8 +146,15 @@ PADDED = {
 
 @pytest.fixture(autouse=True)
 def _precision():
-    """Of every layer that a test makes; undone after it, as all settings."""
-    keras.config.set_dtype_policy(DTYPE)
+    _set_precision(DTYPE)
+    yield
+    keras.config.set_floatx("float32")
+
+
+def _set_precision(dtype):
+    # Keras narrows what is wider than either.
+    keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)
 
 
 def _outputs(model, inputs):
@@ -238,40 +245,37 @@ def test_channels_first():
     assert _fold(IMAGE, parts)[1] == expected
 
 
-_LEFT_ALONE = {
-    "activation of 'conv": lambda: [
-        layers.Conv2D(5, 3, activation="relu"),
-        BN(),
+@pytest.mark.parametrize(
+    "parts, reason",
+    [
+        (
+            lambda: [layers.Conv2D(5, 3, activation="relu"), BN()],
+            "activation of 'conv",
+        ),
+        (
+            lambda: [layers.Dense(5), layers.ReLU(), BN()],
+            "ReLU '.*' comes before it",
+        ),
+        (
+            lambda: [BN(), layers.ReLU(), layers.Dense(3)],
+            "ReLU '.*' comes after it",
+        ),
+        (
+            lambda: [layers.Dense(4), BN(axis=1)],
+            "depends on more than the channel",
+        ),
+        (
+            lambda: [BN(), layers.Conv2DTranspose(3, 3)],
+            "not all of the same weights",
+        ),
+        (
+            lambda: [layers.Conv2D(3, 3), layers.ZeroPadding2D(1), BN()],
+            "before it pads with zeros",
+        ),
     ],
-    "ReLU '.*' comes before it": lambda: [
-        layers.Dense(5),
-        layers.ReLU(),
-        BN(),
-    ],
-    "ReLU '.*' comes after it": lambda: [
-        BN(),
-        layers.ReLU(),
-        layers.Dense(3),
-    ],
-    "depends on more than the channel": lambda: [
-        layers.Dense(4),
-        BN(axis=1),
-    ],
-    "not all of the same weights": lambda: [
-        BN(),
-        layers.Conv2DTranspose(3, 3),
-    ],
-    "before it pads with zeros": lambda: [
-        layers.Conv2D(3, 3),
-        layers.ZeroPadding2D(1),
-        BN(),
-    ],
-}
-
-
-@pytest.mark.parametrize("reason", _LEFT_ALONE)
-def test_left_alone(reason):
-    folded, hows = _fold(IMAGE, _LEFT_ALONE[reason]())
+)
+def test_left_alone(parts, reason):
+    folded, hows = _fold(IMAGE, parts())
     assert hows == [LEFT]
     assert re.search(reason, folded.fold_report[0].reason)
 
@@ -394,7 +398,7 @@ FOLDED_BEFORE = {
 
 
 def _check_application(name, dtype):
-    keras.config.set_dtype_policy(dtype)
+    _set_precision(dtype)
     model, images = models.application(name)
     folded = keras_bn.fold(model)
     expected = _outputs(model, images)
