@@ -1,5 +1,7 @@
 """What `--data` of the command names, as data that Keras takes."""
 
+import contextlib
+import io
 import math
 from pathlib import Path
 
@@ -149,12 +151,17 @@ def _of_tensorflow_datasets(name, batch_size):
         ) from error
     received, (name, _, split) = name, name.partition(":")
     try:
-        builder = tfds.builder(name)
-        if builder.is_prepared():
+        # Where TensorFlow is absent a banner would come before the results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder = tfds.builder(name)
+            prepared = builder.is_prepared()
+        if prepared:
             return _prepared(tfds, builder, split or "train", batch_size)
     except ModuleNotFoundError as error:
+        # TFDS raises it again, without the name.
+        missing = error.name or getattr(error.__cause__, "name", "a package")
         raise ValueError(
-            f"the data needs {error.name} to be read. Received: "
+            f"the data needs {missing} to be read. Received: "
             f"--data={received}. Install it, or prepare the data with `tfds "
             f"build {name} --file_format=array_record`"
         ) from error

@@ -1,5 +1,6 @@
 """The `keras-bn` command, on files as a user has them."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -155,7 +156,13 @@ def test_recalibrate_refuses_what_labels_refute(files, capsys, tmp_path):
         (["healthy.keras", "--data", "none"], "holds no images"),
         (["healthy.keras", "--data", "./missing"], "no such folder"),
         (["healthy.keras", "--data", "no_such_dataset"], "--data=no_such_data"),
-        (["healthy.keras", "--data", "wine_quality"], "not prepared in"),
+        (
+            ["healthy.keras", "--data", "wine_quality"],
+            # This one's builder imports it.
+            "not prepared in"
+            if importlib.util.find_spec("tensorflow")
+            else "needs tensorflow to be read",
+        ),
         (
             ["healthy.keras", "--data", "unlabelled.npz", "--labels=few.npy"],
             "63 labels for 64 samples",
