@@ -196,7 +196,7 @@ def _normalized(layer, inputs, mask, shift, with_batch):
     shift = ops.cast(shift, dtype)
     shape = [-1 if i == axis else 1 for i in range(len(merged.shape))]
     merged = ops.cast(merged, dtype) - ops.reshape(shift, shape)
-    mean, variance, count = kernels.batch_moments(merged, axis=axis, mask=mask)
+    mean, variance, count = _moments(merged, axis, mask)
     statistics = mean, variance
     if getattr(layer, "use_moving_statistics", None) is False:
         with_batch = True
@@ -215,6 +215,21 @@ def _normalized(layer, inputs, mask, shift, with_batch):
     )
     outputs = split_channel_axes(outputs, inputs, tuple(sizes))
     return ops.cast(outputs, layer.compute_dtype), mean, variance, count
+
+
+def _moments(inputs, axis, mask):
+    """`(mean, variance, count)` of inputs that are near zero.
+
+    These need none of the care of `kernels.batch_moments`, which TensorFlow
+    takes longer to trace than the rest of a layer.
+    """
+    if mask is not None:
+        return kernels.batch_moments(inputs, axis=axis, mask=mask)
+    axes = [i for i in range(len(inputs.shape)) if i != axis]
+    mean = ops.mean(inputs, axes, keepdims=True)
+    variance = ops.mean(ops.square(inputs - mean), axes)
+    count = ops.size(inputs) // inputs.shape[axis]
+    return ops.reshape(mean, [-1]), variance, count
 
 
 class _Hidden(Exception):
