@@ -100,6 +100,53 @@ def test_tensorflow_alone_answers_as_the_model(exported, tmp_path):
     assert len({tuple(row) for row in order}) > 1
 
 
+def test_batch_normalization_is_folded_by_default(tmp_path):
+    model = models.folding_model()
+    found = export.export(
+        model,
+        tmp_path,
+        preprocessing=(models.MEAN, models.DEVIATION),
+        verify_on=IMAGES,
+    )
+    assert [one.how for one in found.fold_report] == [
+        "into the layer after",
+        "into the layer before",
+        "multiply-add",
+    ]
+    loaded = tf.saved_model.load(str(found.path))
+    variables = {x.name for x in loaded.weights}
+    assert any("kernel" in name for name in variables)
+    assert not any("moving" in name for name in variables)
+    logits = models.outputs(model, IMAGES)
+    for name, dtype in (("default", "float32"), ("uint8", "uint8")):
+        answer = loaded.signatures[f"serving_{name}"](
+            inputs=tf.constant(IMAGES.astype(dtype))
+        )
+        np.testing.assert_allclose(answer["outputs"], logits, 1e-4, 1e-4)
+    for difference, allowed in found.differences.values():
+        assert 0.0 < difference < allowed < 0.1
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_an_empty_batch_is_an_error_that_says_so(fold, tmp_path):
+    path = keras_bn.export_saved_model(
+        models.folding_model(),
+        tmp_path,
+        fold=fold,
+        warmup=False,
+        class_names=CLASS_NAMES,
+    )
+    signatures = tf.saved_model.load(str(path)).signatures
+    images = tf.zeros((0, 8, 8, 3))
+    for name, inputs in (
+        ("serving_default", {"inputs": images}),
+        ("serving_uint8", {"inputs": tf.cast(images, tf.uint8)}),
+        ("classify_bytes", {"image_bytes": tf.zeros(0, tf.string)}),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="an empty b"):
+            signatures[name](**inputs)
+
+
 def test_the_scaling_is_that_of_training_to_the_bit():
     """On TensorFlow's side; NumPy's is `experiments.data`'s."""
     made = export.preprocessing_model(
