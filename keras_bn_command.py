@@ -262,7 +262,8 @@ def _check_model(path, endings):
     if not path.endswith(endings):
         raise ValueError(
             f"the model must be a {' or '.join(endings)} file. Received: "
-            f"{path}. Save it with model.save(...)"
+            f"{path}. Save it with model.save(...); `keras-bn convert` also "
+            "reads .h5 files"
         )
     if path.endswith(".keras") and not zipfile.is_zipfile(path):
         raise ValueError(

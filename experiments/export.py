@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -195,16 +196,17 @@ def accuracies(
         ("not folded, int8", copied()),
     ):
         if name.endswith("int8"):
-            model.quantize("int8")
+            with warnings.catch_warnings():
+                # Of each layer that keeps its weights, convolutions too.
+                warnings.filterwarnings("ignore", ".*a `quantize` method")
+                model.quantize("int8")
         right = 0
         for start in range(
             0, len(dataset.test_labels), evaluation.EVALUATION_BATCH
         ):
             rows = slice(start, start + evaluation.EVALUATION_BATCH)
             logits = model.predict_on_batch(prepare(dataset.test_images[rows]))
-            right += np.sum(
-                logits.argmax(-1) == dataset.test_labels[rows]
-            )
+            right += np.sum(logits.argmax(-1) == dataset.test_labels[rows])
         found[name] = float(right / len(dataset.test_labels))
     return found
 

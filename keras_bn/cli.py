@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 import warnings
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -65,16 +66,15 @@ def recalibrate(options):
 def convert(options):
     """Saves a model with another layer for batch normalization."""
     to = _LAYERS.get(options.to, options.to)
-    if is_tf_keras_file(options.model):
-        before = from_tf_keras(options.model)
-    else:
-        before = _load(options.model)
+    of_tf_keras = is_tf_keras_file(options.model)
+    before = (from_tf_keras if of_tf_keras else _load)(options.model)
     with _warnings_in_one_line():
         after = keras_bn.convert(before, to)
     converted = [
         layer
         for layer in before._flatten_layers()
-        if isinstance(layer, BATCH_NORMALIZATIONS) and type(layer) is not to
+        if isinstance(layer, BATCH_NORMALIZATIONS)
+        and (of_tf_keras or type(layer) is not to)
     ]
     # Other layers are not meant to give the same outputs.
     checked = ""
@@ -168,6 +168,12 @@ def _data(options, model):
 
 
 def _load(path):
+    if is_tf_keras_file(path):
+        raise ValueError(
+            f"the model was saved by tf-keras (Keras 2). Received: {path}. "
+            f"`keras-bn convert {path} --output NEW.keras` makes one of Keras "
+            "3 of it"
+        )
     try:
         return keras.saving.load_model(path)
     except Exception as error:
@@ -182,9 +188,23 @@ def _load(path):
                 f"{path} with {unknown[1] or 'a Lambda layer'}. Load the model "
                 "in Python and call the function of keras_bn there"
             ) from error
+        # It repeats the config before it comes to the point.
+        reason = str(error).split("Exception encountered:")[-1]
         raise ValueError(
-            f"Keras {keras.__version__} cannot load {path}: {error}"
+            f"Keras {keras.__version__} cannot load {path}"
+            f"{_saved_by_another_version(path)}: {reason}"
         ) from error
+
+
+def _saved_by_another_version(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            version = json.loads(archive.read("metadata.json"))["keras_version"]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return ""
+    return (
+        "" if version == keras.__version__ else f", saved by Keras {version}"
+    )
 
 
 def _save_new(model, options):

@@ -53,7 +53,7 @@ def outputs(path, calls):
     return answers
 
 
-def latencies(paths, inputs, sizes=SIZES, repeats=200, seconds=30.0):
+def latencies(paths, inputs, sizes=SIZES, repeats=200, seconds=10.0):
     """Measures `serving_default` of SavedModels, in turn in one process.
 
     Each call is timed until its outputs are NumPy arrays.

@@ -82,7 +82,7 @@ def from_tf_keras(model):
         read = _read_h5 if h5py.is_hdf5(path) else _read_archive
         try:
             return read(path)
-        except (KeyError, TypeError, OSError) as error:
+        except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
             raise _unreadable(path, error) from error
     if h5py.is_hdf5(path) or zipfile.is_zipfile(path):
         return _load(path)
@@ -133,6 +133,8 @@ def _model_of(config, path):
     except Exception as error:
         # Keras raises many kinds, whatever is wrong with a config.
         raise _unreadable(path, error) from error
+    if not isinstance(model, keras.Model):
+        raise _unreadable(path, "there is no model in it")
     for layer in model._flatten_layers():
         if isinstance(layer, BatchNormalization):
             layer.unbiased_variance = _is_fused(layer)
@@ -157,6 +159,8 @@ def _for_keras_3(config):
     if not isinstance(config, dict):
         return config
     config = {name: _for_keras_3(one) for name, one in config.items()}
+    # Of another optimizer's class, and with None where Keras 3 counts.
+    config.pop("compile_config", None)
     name = config.get("class_name")
     if name in _CLASSES:
         layer = dict(config["config"])

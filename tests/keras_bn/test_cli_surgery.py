@@ -1,7 +1,9 @@
 """`keras-bn convert` and `keras-bn fold`, on files as a user has them."""
 
+import json
 import os
 import resource
+import zipfile
 
 import keras
 import numpy as np
@@ -123,6 +125,33 @@ def _sick(kind=keras_bn.BatchNormalization):
     return model
 
 
+def _rewritten(path, new, old_text, new_text, version="4.0.0"):
+    """A file as another version of Keras might have saved it."""
+    with zipfile.ZipFile(path) as there, zipfile.ZipFile(new, "w") as here:
+        for name in there.namelist():
+            content = there.read(name)
+            if name == "metadata.json":
+                facts = {**json.loads(content), "keras_version": version}
+                content = json.dumps(facts)
+            elif name == "config.json":
+                content = content.decode().replace(old_text, new_text)
+            here.writestr(name, content)
+
+
+def test_a_file_of_tf_keras_is_converted_first(folder, capsys):
+    _rewritten("model.keras", "old.keras", "", "", version="2.15.0")
+    for arguments in (
+        ["audit", "old.keras"],
+        ["fold", "old.keras", "--output=new.keras"],
+        ["export", "old.keras", "--output=new"],
+    ):
+        code, printed, error = _run(capsys, *arguments)
+        assert code == 2 and not printed
+        assert "saved by tf-keras (Keras 2)" in error
+        assert "`keras-bn convert old.keras --output NEW.keras`" in error
+    assert sorted(os.listdir(folder)) == ["model.keras", "old.keras"]
+
+
 @pytest.mark.parametrize("command", ["convert", "fold"])
 def test_bad_input(command, folder, capsys):
     keras.Sequential([keras.Input((4,)), layers.Dense(4)]).save("plain.keras")
@@ -131,6 +160,8 @@ def test_bad_input(command, folder, capsys):
     whole = (folder / "model.keras").read_bytes()
     (folder / "cut.keras").write_bytes(whole[: len(whole) // 2])
     (folder / "model.h5").write_bytes(b"")
+    _rewritten("model.keras", "other_name.keras", '"ReLU"', '"ReLU4"')
+    _rewritten("model.keras", "argument.keras", '"epsilon"', '"epsilons"')
     (folder / "taken.keras").write_bytes(b"mine")
     (folder / "folder.keras").mkdir()
     before = {x: x.read_bytes() for x in folder.iterdir() if x.is_file()}
@@ -141,6 +172,8 @@ def test_bad_input(command, folder, capsys):
         (f"{sick}.keras", "new.keras", "moving_mean not finite"),
         ("cut.keras", "new.keras", "damaged"),
         ("model.h5", "new.keras", "model.h5"),
+        ("other_name.keras", "new.keras", "saved by Keras 4.0.0: Could not"),
+        ("argument.keras", "new.keras", "saved by Keras 4.0.0: Unrecognized"),
         ("model.keras", "taken.keras", "something is there already"),
         ("model.keras", "folder.keras", "something is there already"),
         ("model.keras", "model.keras", "something is there already"),

@@ -336,14 +336,43 @@ def test_a_full_disk(published):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_outputs_that_are_not_finite(published):
+@pytest.mark.parametrize(
+    "fold, error, match",
+    [
+        (False, ExportError, "outputs are not finite"),
+        (True, ValueError, "with moving_variance not finite"),
+    ],
+)
+def test_statistics_that_are_not_finite(fold, error, match, published):
     model = models.image_model()
     model.layers[1].moving_variance.assign(np.full(4, np.nan))
     weights = model.get_weights()
-    with pytest.raises(ExportError, match="outputs are not finite"):
-        keras_bn.export_saved_model(model, published, fold=False, warmup=False)
+    with pytest.raises(error, match=match):
+        keras_bn.export_saved_model(model, published, fold=fold, warmup=False)
     for found, before in zip(model.get_weights(), weights):
         np.testing.assert_array_equal(found, before)
+
+
+class NoConfig(keras.layers.Layer):
+    def __init__(self, factor):
+        super().__init__()
+        self._factor = factor
+
+    def call(self, inputs):
+        return self._factor * inputs
+
+
+def test_a_layer_that_cannot_be_cloned(published, tmp_path):
+    """It cannot be folded around; without folding it is served as it is."""
+    model = models.image_model(NoConfig(2.0))
+    with pytest.raises(ValueError, match="`fold` cannot clone .* 'no_config'"):
+        keras_bn.export_saved_model(model, published, warmup=False)
+    path = keras_bn.export_saved_model(
+        model, tmp_path / "not_folded", fold=False, warmup=False
+    )
+    function = tf.saved_model.load(str(path)).signatures["serving_default"]
+    found = function(inputs=models.standardized(IMAGES))["outputs"]
+    np.testing.assert_allclose(found, models.outputs(model, IMAGES), 1e-4, 1e-4)
 
 
 def test_several_inputs_and_outputs(tmp_path):

@@ -352,6 +352,29 @@ def test_a_graph(tmp_path):
         np.testing.assert_array_equal(found, _outputs(folded, values)[name])
 
 
+@pytest.mark.parametrize("depth", ["flat", "nested"])
+def test_layers_that_are_used_with_different_inputs(depth):
+    """What is shared cannot take in two normalizations, and keeps its own."""
+    conv = layers.Conv2D(4, 3, padding="same", name="shared")
+    norm = OURS(name="used_twice")
+    if depth == "nested":
+        conv = keras.Sequential([keras.Input(IMAGE), conv, BN(name="in")])
+    inputs = keras.Input(IMAGE)
+    x, y = conv(inputs), conv(0.5 * inputs)
+    x, y = BN(name="of_x")(x), BN(name="of_y")(y)
+    x, y = (layers.Conv2D(4, 3)(z) for z in (x, y))
+    outputs = norm(x) - norm(y)
+    model = models.randomize(keras.Model(inputs, outputs))
+    folded = _folded(model, IMAGE)
+    how = {one.layer: one.how for one in folded.fold_report}
+    expected = {"of_x": AFTER, "of_y": AFTER, "used_twice": LEFT}
+    if depth == "nested":
+        expected = {"sequential/in": BEFORE, **expected}
+    assert how == expected
+    reasons = {one.layer: one.reason for one in folded.fold_report}
+    assert "'used_twice' is used more than once" in reasons["used_twice"]
+
+
 def test_what_is_no_inference_is_kept():
     inputs = keras.Input((4,))
     x = layers.Dense(4)(inputs)
