@@ -2,10 +2,13 @@
 
     keras-bn audit MODEL.keras --data cifar10:test
     keras-bn recalibrate MODEL.keras --data images.npz --output MENDED.keras
+    keras-bn convert MODEL.keras --to keras_bn --output CONVERTED.keras
+    keras-bn fold MODEL.keras --output FOLDED.keras
+    keras-bn export MODEL.keras --output DIRECTORY
 
-It ends with 0 where the model is healthy, or was recalibrated, with 1 where
-`audit` found something or the model was never trained, and with 2 where it
-cannot be told, in one line.
+It ends with 0 where the model is healthy, or what was asked for is written,
+with 1 where `audit` found something or the model was never trained, and with 2
+where that cannot be done, in one line.
 
 This module is no part of the package `keras_bn`, whose import is that of Keras
 and of a framework: help and wrong arguments need neither.
@@ -46,7 +49,8 @@ def main(arguments=None):
 def _parser():
     parser = argparse.ArgumentParser(
         prog="keras-bn",
-        description="Finds and mends batch normalization in a saved model.",
+        description="Finds, mends, converts and folds batch normalization in "
+        "a saved model, and exports it to be served.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     audit = commands.add_parser(
@@ -77,11 +81,104 @@ def _parser():
         action="store_true",
         help="also where the labels say that the old statistics are right",
     )
+    _add_convert(commands)
+    _add_fold(commands)
+    _add_export(commands)
     return parser
 
 
-def _add_model_and_data(parser, required):
+def _add_convert(commands):
+    convert = commands.add_parser(
+        "convert", help="put another layer in place of batch normalization"
+    )
+    convert.set_defaults(command="convert")
+    convert.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a .keras file, or an .h5 or .keras file of tf-keras",
+    )
+    convert.add_argument(
+        "--to",
+        choices=("keras_bn", "keras", "group", "layer", "instance"),
+        default="keras_bn",
+        help="keras_bn.BatchNormalization (default), Keras's own, or Keras's "
+        "group, layer or instance normalization",
+    )
+    _add_new_file(convert)
+
+
+def _add_fold(commands):
+    fold = commands.add_parser(
+        "fold", help="take batch normalization out, for inference"
+    )
+    fold.set_defaults(command="fold")
+    _add_model(fold)
+    _add_new_file(fold)
+
+
+def _add_export(commands):
+    export = commands.add_parser(
+        "export", help="publish a SavedModel that model servers load"
+    )
+    export.set_defaults(command="export")
+    _add_model(export)
+    export.add_argument(
+        "--output",
+        required=True,
+        metavar="DIRECTORY",
+        help="of the model, above its numbered versions; new or empty, or "
+        "with versions, beside which the next one is put",
+    )
+    export.add_argument(
+        "--class_names",
+        metavar="FILE",
+        help="text file with the classes' names in the model's order, one a "
+        "line; adds the signature classify_bytes",
+    )
+    for name, what in (
+        ("mean", "what training subtracted from the pixels"),
+        ("deviation", "what it divided them by then"),
+    ):
+        export.add_argument(
+            f"--{name}",
+            type=_numbers,
+            metavar="NUMBERS",
+            help=f"{what}: a number, or one for each channel with commas "
+            "between",
+        )
+    export.add_argument(
+        "--data",
+        metavar="DATA",
+        help="samples as clients will send them, for the check and warm-up "
+        "requests: as for audit (default: random ones)",
+    )
+
+
+def _numbers(text):
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a number, or several with commas between: {text!r}"
+        ) from None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _add_new_file(parser):
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE.keras",
+        help="where the new model is saved; nothing may be there yet",
+    )
+
+
+def _add_model(parser):
     parser.add_argument("model", metavar="MODEL.keras", help="a saved model")
+
+
+def _add_model_and_data(parser, required):
+    _add_model(parser)
     parser.add_argument(
         "--data",
         required=required,
@@ -126,6 +223,22 @@ def _start_up_lines_dropped():
 
 
 def _check(options):
+    if options.command in ("audit", "recalibrate"):
+        _check_data(options)
+    endings = (".keras", ".h5") if options.command == "convert" else (".keras",)
+    _check_model(options.model, endings)
+    if options.command in ("recalibrate", "convert", "fold"):
+        _check_output(options.output, new=options.command != "recalibrate")
+    if options.command == "export" and (
+        (options.mean is None) != (options.deviation is None)
+    ):
+        raise ValueError(
+            "--mean and --deviation go together. Received: "
+            f"--mean={options.mean}, --deviation={options.deviation}"
+        )
+
+
+def _check_data(options):
     if options.steps is not None and options.steps < 1:
         raise ValueError(
             "--steps must be at least 1. Received: "
@@ -141,27 +254,25 @@ def _check(options):
             f"--labels belong to data. Received: --labels={options.labels}"
             ". Give --data as well"
         )
-    _check_model(options.model)
-    if options.command == "recalibrate":
-        _check_output(options.output)
 
 
-def _check_model(path):
+def _check_model(path, endings):
     if not os.path.isfile(path):
         raise ValueError(f"no such file. Received: {path}. Give a .keras file")
-    if not path.endswith(".keras"):
+    if not path.endswith(endings):
         raise ValueError(
-            f"the model must be a .keras file. Received: {path}. "
-            "Save it with model.save(...)"
+            f"the model must be a {' or '.join(endings)} file. Received: "
+            f"{path}. Save it with model.save(...); `keras-bn convert` also "
+            "reads .h5 files"
         )
-    if not zipfile.is_zipfile(path):
+    if path.endswith(".keras") and not zipfile.is_zipfile(path):
         raise ValueError(
             f"the file is damaged, or no model of Keras 3. Received: {path}. "
             "Save the model again with model.save(...)"
         )
 
 
-def _check_output(path):
+def _check_output(path, new):
     if not path.endswith(".keras"):
         raise ValueError(
             f"the output must end in .keras. Received: --output={path}"
@@ -171,6 +282,11 @@ def _check_output(path):
         raise ValueError(
             f"cannot write there. Received: --output={path}. Name a file in a "
             "folder that exists"
+        )
+    if new and os.path.lexists(path):
+        raise ValueError(
+            f"something is there already. Received: --output={path}. Remove "
+            "it, or name another file"
         )
 
 

@@ -17,6 +17,22 @@ from experiments import download
 
 DATASETS = ("auto", "cifar10", "digits")
 INPUTS = ("raw", "standardized")
+# In the order of the labels.
+CLASS_NAMES = {
+    "cifar10": (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ),
+    "digits": tuple("0123456789"),
+}
 READ_AT_ONCE = 1_000
 
 
@@ -324,16 +340,29 @@ def inputs(dataset: Dataset, input: str) -> Callable[[np.ndarray], np.ndarray]:
         raise ExperimentError(
             f"input is one of {', '.join(INPUTS)}. Received: input={input!r}"
         )
+    mean, deviation = moments(dataset.train_images)
+    shift = mean.astype(np.float32)
+    factor = (1 / deviation).astype(np.float32)
+    return lambda images: (images - shift) * factor
+
+
+def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean and the standard deviation of each channel.
+
+    Args:
+        images: uint8 (images, height, width, channels).
+
+    Returns:
+        Two float64 arrays (channels,).
+    """
     # Exact, and without a float copy of the data: moments of a histogram.
     levels = np.arange(256)
-    mean, deviation = np.empty((2, 3))
-    for channel in range(3):
-        values = dataset.train_images[..., channel]
-        counts = np.bincount(values.ravel(), minlength=256)
+    channels = images.shape[-1]
+    mean, deviation = np.empty((2, channels))
+    for channel in range(channels):
+        counts = np.bincount(images[..., channel].ravel(), minlength=256)
         mean[channel] = np.average(levels, weights=counts)
         deviation[channel] = np.sqrt(
             np.average((levels - mean[channel]) ** 2, weights=counts)
         )
-    shift = mean.astype(np.float32)
-    factor = (1 / deviation).astype(np.float32)
-    return lambda images: (images - shift) * factor
+    return mean, deviation

@@ -8,6 +8,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_bn.diagnostics.batches import Batches
+
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif"}
 
 
@@ -41,6 +43,18 @@ def read(data, labels, model, batch_size):
             f"Received: --data={data}. There is no such folder"
         )
     return _of_tensorflow_datasets(data, batch_size), None
+
+
+def first_batch(data, samples):
+    """The inputs of the first samples of what `read` returned.
+
+    Returns:
+        Array; of several inputs a list or a dictionary by their names.
+    """
+    inputs, _ = next(iter(Batches(data, batch_size=samples)))
+    if isinstance(inputs, dict) and len(inputs) == 1:
+        (inputs,) = inputs.values()
+    return inputs
 
 
 def _arrays(path, labels, model):

@@ -21,9 +21,13 @@ def batch_normalizations(caller, model):
             normalization.
     """
     if not isinstance(model, keras.layers.Layer):
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        advice = ""
+        if kind.startswith("tf_keras"):
+            advice = " `keras_bn.convert` makes one of it."
         raise ValueError(
-            f"`{caller}` takes a keras.Model or a layer. "
-            f"Received: model of type {type(model).__name__}."
+            f"`{caller}` takes a keras.Model or a layer of Keras 3. "
+            f"Received: model of type {kind}.{advice}"
         )
     layers = [
         x

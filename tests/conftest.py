@@ -44,6 +44,8 @@ collect_ignore = [
 if keras.backend.backend() != "tensorflow":
     # What is exported is run by TensorFlow, and by what reads its files.
     collect_ignore += [
+        "experiments/test_export.py",
+        "keras_bn/serving/test_command.py",
         "keras_bn/serving/test_other_backends.py",
         "keras_bn/serving/test_runtimes.py",
         "keras_bn/serving/test_saved_model.py",

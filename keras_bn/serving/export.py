@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import typing
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,24 @@ from keras_bn.serving.preprocessing import preprocessing_model
 from keras_bn.serving.publishing import check_destination
 from keras_bn.serving.publishing import publish
 from keras_bn.serving.verification import verify
+
+
+class Export(typing.NamedTuple):
+    """A version that was published.
+
+    Attributes:
+        path: `pathlib.Path` of the version.
+        fold_report: The `FoldReport` of its layers; None where none was
+            folded.
+        inputs: Dictionary of arrays by the names of the inputs, the batch that
+            it was checked on.
+        differences: What `verify` returned.
+    """
+
+    path: Path
+    fold_report: typing.Any
+    inputs: dict
+    differences: dict
 
 
 def export_saved_model(
@@ -93,6 +112,29 @@ def export_saved_model(
             be rebuilt on TensorFlow.
         OSError: The directory cannot be written.
     """
+    return export(
+        model,
+        directory,
+        version,
+        fold,
+        preprocessing,
+        class_names,
+        warmup,
+        verify_on,
+    ).path
+
+
+def export(
+    model,
+    directory,
+    version=None,
+    fold=True,
+    preprocessing=None,
+    class_names=None,
+    warmup=None,
+    verify_on=None,
+):
+    """As `export_saved_model`; returns an `Export`."""
     check_model(model)
     check_destination(directory, version)
     directory = Path(os.path.abspath(directory))
@@ -107,6 +149,7 @@ def export_saved_model(
     _check_tensorflow()
     requests = _requests(warmup, batch)
     folded = _folded(model) if fold else model
+    differences = {}
 
     def fill(folder):
         write = _writer()
@@ -120,9 +163,16 @@ def export_saved_model(
                 f"The SavedModel cannot be written: {type(error).__name__}: "
                 f"{one_line(error)}. Nothing was published."
             ) from error
-        verify(folder, model, before, interface, batch)
+        differences.update(verify(folder, model, before, interface, batch))
 
-    return publish(directory, version, fill)
+    path = publish(directory, version, fill)
+    names = [one.name for one in interface.inputs]
+    return Export(
+        path,
+        None if folded is model else folded.fold_report,
+        dict(zip(names, batch, strict=True)),
+        differences,
+    )
 
 
 def _folded(model):
@@ -165,7 +215,7 @@ def _requests(warmup, batch):
     warnings.warn(
         "No warm-up requests are written, for want of TensorFlow Serving's "
         "protos: pip install tensorflow-serving-api, or give warmup=False.",
-        stacklevel=3,
+        stacklevel=4,
     )
     return None
 

@@ -55,6 +55,7 @@ def _functions(model, preprocessing, interface):
     """Dictionary of `tf.function`, by the names of the signatures."""
 
     def predict(*inputs):
+        inputs = _not_empty(inputs)
         outputs = call(model, preprocessing, inputs)
         return {
             name: _widened(output)
@@ -102,6 +103,21 @@ def _functions(model, preprocessing, interface):
     return functions
 
 
+def _not_empty(tensors):
+    """The same, with an error where there is no sample in the batch.
+
+    TensorFlow's fused convolution (oneDNN) gives an empty batch the shape of
+    its inputs, and whatever comes behind it says something about that.
+    Converters for other runtimes leave the check out.
+    """
+    check = tf.debugging.Assert(
+        tf.shape(tensors[0])[0] > 0,
+        ["a batch must have at least one sample. Received: an empty batch"],
+    )
+    with tf.control_dependencies([check]):
+        return [tf.identity(tensor) for tensor in tensors]
+
+
 def _widened(output):
     output = tf.convert_to_tensor(output)
     short = output.dtype in (tf.float16, tf.bfloat16)
@@ -115,6 +131,7 @@ def _decoded(image_bytes, shape):
     picture.
     """
     height, width, channels = shape
+    (image_bytes,) = _not_empty([image_bytes])
     known = tf.logical_or(
         tf.equal(tf.strings.substr(image_bytes, 0, len(_PNG)), _PNG),
         tf.equal(tf.strings.substr(image_bytes, 0, len(_JPEG)), _JPEG),

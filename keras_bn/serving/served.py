@@ -9,6 +9,8 @@ import numpy as np
 
 from keras_bn.serving import child_process
 
+# Samples in the batches that are timed.
+SIZES = (1, 8, 64)
 _PROGRAM = Path(__file__).with_name("tensorflow_alone.py")
 
 
@@ -17,6 +19,11 @@ class Latency(typing.NamedTuple):
 
     p50: float
     p99: float
+
+    @classmethod
+    def of(cls, times):
+        """Of an array of seconds; NaN stands for a call that was not made."""
+        return cls(*map(float, np.nanpercentile(times, [50, 99])))
 
 
 def outputs(path, calls):
@@ -46,7 +53,7 @@ def outputs(path, calls):
     return answers
 
 
-def latencies(paths, inputs, sizes=(1, 8, 64), repeats=200):
+def latencies(paths, inputs, sizes=SIZES, repeats=200, seconds=10.0):
     """Measures `serving_default` of SavedModels, in turn in one process.
 
     Each call is timed until its outputs are NumPy arrays.
@@ -57,6 +64,7 @@ def latencies(paths, inputs, sizes=(1, 8, 64), repeats=200):
             cut to the batch sizes.
         sizes: Batch sizes.
         repeats: Calls of each model at each size, after three to warm up.
+        seconds: After so many, 20 calls are enough.
 
     Returns:
         List of a dictionary from batch size to `Latency`, for each path.
@@ -64,14 +72,11 @@ def latencies(paths, inputs, sizes=(1, 8, 64), repeats=200):
     Raises:
         ExportError: One cannot be loaded or run.
     """
-    calls = {"sizes": list(sizes), "repeats": repeats}
-    seconds = _ask("latencies", paths, inputs, calls)["seconds"]
+    calls = {"sizes": list(sizes), "repeats": repeats, "seconds": seconds}
+    times = _ask("latencies", paths, inputs, calls)["seconds"]
     return [
-        {
-            size: Latency(*map(float, np.percentile(times, [50, 99])))
-            for size, times in zip(sizes, of_model)
-        }
-        for of_model in seconds
+        {size: Latency.of(row) for size, row in zip(sizes, of_model)}
+        for of_model in times
     ]
 
 

@@ -48,20 +48,25 @@ def latencies(paths, arrays, calls):
     Args:
         paths: List of paths of SavedModels.
         arrays: Dictionary of a batch of each input by its name.
-        calls: Dictionary of `sizes`, a list of batch sizes, and `repeats`.
+        calls: Dictionary of `sizes`, a list of batch sizes, `repeats`, and
+            `seconds`: after so many 20 repeats of a size are enough.
 
     Returns:
-        Dictionary with `seconds`, (models, sizes, repeats).
+        Dictionary with `seconds`, (models, sizes, repeats), NaN for those that
+        were left out.
     """
     sizes, repeats = calls["sizes"], calls["repeats"]
     functions = [
         tf.saved_model.load(path).signatures["serving_default"]
         for path in paths
     ]
-    seconds = np.zeros((len(paths), len(sizes), repeats))
+    seconds = np.full((len(paths), len(sizes), repeats), np.nan)
     for column, size in enumerate(sizes):
         tensors = [_of_size(function, arrays, size) for function in functions]
+        until = time.perf_counter() + calls["seconds"]
         for repeat in range(-3, repeats):
+            if repeat >= 20 and time.perf_counter() > until:
+                break
             for row, function in enumerate(functions):
                 begin = time.perf_counter()
                 for value in function(**tensors[row]).values():

@@ -70,6 +70,10 @@ def verify(folder, model, preprocessing, interface, arrays):
         interface: Their `Interface`.
         arrays: List of a batch of each input.
 
+    Returns:
+        Dictionary from what was compared, `"serving_default: outputs"`, to the
+        largest difference and to what was allowed.
+
     Raises:
         ExportError: The export cannot be loaded or run, or answers something
             else than the model.
@@ -89,14 +93,20 @@ def verify(folder, model, preprocessing, interface, arrays):
         calls.append(("classify_bytes", {"image_bytes": images}))
     answers = served.outputs(folder, calls)
     shares = _TOLERANCES[_narrowest_dtype(model)]
+    differences = {}
     for (signature, _), answer, wanted in zip(calls, answers, expected):
         for name, one in zip(interface.outputs, wanted, strict=True):
-            _compare(f"{signature}: {name}", answer[name], one, shares)
+            what = f"{signature}: {name}"
+            differences[what] = _compare(what, answer[name], one, shares)
     if interface.class_names is not None:
-        _compare_classes(answers[-1], of_images[0], interface, shares)
+        what = "classify_bytes: probabilities"
+        differences[what] = _compare_classes(
+            what, answers[-1], of_images[0], interface, shares
+        )
+    return differences
 
 
-def _compare_classes(answer, outputs, interface, shares):
+def _compare_classes(what, answer, outputs, interface, shares):
     """Compares sums over classes of the same name; the order must fall."""
     if interface.activation == "linear":
         outputs = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
@@ -112,12 +122,13 @@ def _compare_classes(answer, outputs, interface, shares):
             found[row, distinct.index(name)] += value
         for name, value in zip(names, outputs[row]):
             wanted[row, distinct.index(name)] += value
-    _compare("classify_bytes: probabilities", found, wanted, shares)
+    difference = _compare(what, found, wanted, shares)
     if np.any(np.diff(answer["probabilities"], axis=-1) > 0.0):
         raise ExportError(
             "classify_bytes: the probabilities do not fall. "
             "Nothing was published."
         )
+    return difference
 
 
 def _compare(what, found, wanted, shares):
@@ -127,21 +138,43 @@ def _compare(what, found, wanted, shares):
             f"{found.shape} and dtype {found.dtype}, the model's output "
             f"{wanted.shape} and {wanted.dtype}. Nothing was published."
         )
-    if found.dtype.kind != "f":
-        allowed = 0.0
-    else:
-        deviation = np.std(np.float64(wanted), axis=0).max(initial=0.0)
-        largest = np.abs(wanted).max(initial=0.0)
-        allowed = shares[0] * deviation + shares[1] * largest
-    difference = np.abs(np.float64(found) - np.float64(wanted))
-    difference = difference.max(initial=0.0)
-    # A NaN is not below anything.
-    if not difference <= allowed:
+    difference, allowed = _difference(found, wanted, shares)
+    if difference > allowed:
         raise ExportError(
             f"The export does not answer as the model does. {what} is off by "
             f"{difference:.3g}, with at most {allowed:.3g} from rounding. "
             "Nothing was published."
         )
+    return difference, allowed
+
+
+def largest_difference(model, found, wanted):
+    """The largest difference of outputs, and what rounding may come to.
+
+    Args:
+        model: What gave `wanted`; its dtypes say how much is allowed.
+        found, wanted: Lists of arrays of the same shapes.
+
+    Returns:
+        Tuple of two floats, for the output with the largest share of what is
+        allowed.
+    """
+    shares = _TOLERANCES[_narrowest_dtype(model)]
+    return max(
+        (_difference(x, y, shares) for x, y in zip(found, wanted)),
+        key=lambda pair: pair[0] / max(pair[1], np.finfo("float64").tiny),
+    )
+
+
+def _difference(found, wanted, shares):
+    allowed = 0.0
+    if found.dtype.kind == "f":
+        deviation = np.std(np.float64(wanted), axis=0).max(initial=0.0)
+        largest = np.abs(wanted).max(initial=0.0)
+        allowed = shares[0] * deviation + shares[1] * largest
+    difference = np.abs(np.float64(found) - np.float64(wanted))
+    difference = np.nan_to_num(difference.max(initial=0.0), nan=np.inf)
+    return float(difference), float(allowed)
 
 
 def _narrowest_dtype(model):

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_bn.model_layers import BATCH_NORMALIZATIONS
+from keras_bn.surgery.affine import Affine
 from keras_bn.surgery.affine import NotExact
 from keras_bn.surgery.affine import of_batch_normalization
 from keras_bn.surgery.cloning import is_graph
@@ -136,8 +137,9 @@ class FoldPlan:
                 affines[id(layer)] = affine_of(layer)
                 self._check_inference(node)
                 self._check_once(layer)
-                into = self._into_before(node, affines[id(layer)])
-                self._fold(layer, BEFORE, [into])
+                changes = [self._before(node, affines[id(layer)])]
+                self._apply(changes)
+                self._fold(layer, BEFORE, changes)
             except NotExact as reason:
                 reasons[id(layer)] = [str(reason)]
         for node in reversed(nodes):
@@ -149,20 +151,19 @@ class FoldPlan:
                 continue
             try:
                 self._check_once(layer)
-                changes = self._into_after(
-                    node.outputs[0], affines[id(layer)]
-                )
+                changes, rest = self._scaled_before(node, affines[id(layer)])
+                changes += self._into_after(node.outputs[0], rest)
                 self._apply(changes)
-                self._fold(layer, AFTER, [x.name for x, *_ in changes])
+                self._fold(layer, AFTER, changes)
             except NotExact as reason:
                 reasons[id(layer)].append(str(reason))
                 self.multiply_adds[id(layer)] = affines[id(layer)]
                 unique = dict.fromkeys(reasons[id(layer)])
                 self._note(layer, MULTIPLY_ADD, reason="; ".join(unique))
 
-    def _fold(self, layer, how, into):
+    def _fold(self, layer, how, changes):
         self.removed.add(id(layer))
-        self._note(layer, how, into)
+        self._note(layer, how, [changed.name for changed, _ in changes])
 
     def _note(self, layer, how, into=(), reason=""):
         self._done[id(layer)] = LayerFold(
@@ -180,8 +181,24 @@ class FoldPlan:
         if self._uses[id(operation)] > 1:
             raise NotExact(f"{operation.name!r} is used more than once")
 
-    def _into_before(self, node, affine):
-        """Folds into a linear layer before; its name."""
+    def _scaled_before(self, node, affine):
+        """What can be done of `affine` before it all the same: scales above 0.
+
+        They pass a ReLU. What is between the layers then keeps the range that
+        normalization gave it, which `quantize` needs.
+
+        Returns:
+            List of `(layer, linear)` to set, and the `Affine` that is left.
+        """
+        scale = np.where(affine.scale == 0.0, 1.0, np.abs(affine.scale))
+        try:
+            found = self._before(node, Affine(scale, 0.0 * affine.shift))
+        except NotExact:
+            return [], affine
+        return [found], Affine(affine.scale / scale, affine.shift)
+
+    def _before(self, node, affine):
+        """The linear layer before, and its `Linear` with `affine` in it."""
         while True:
             (tensor, *_) = node.input_tensors
             if id(tensor) in self._outputs:
@@ -205,8 +222,7 @@ class FoldPlan:
                     *affine.vectors(axis, shape[axis])
                 )
                 new.check_range()
-                self.linears[id(layer)] = new
-                return layer.name
+                return layer, new
             affine = moved_before(
                 layer, affine, inputs.shape[1:], outputs.shape[1:]
             )

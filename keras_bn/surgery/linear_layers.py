@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_bn.surgery.affine import NotExact
 from keras_bn.surgery.past_layers import channel_axis
+from keras_bn.surgery.past_layers import passes_relu
 
 layers = keras.layers
 
@@ -59,9 +60,13 @@ class Linear:
             scale, shift: Arrays `(outputs,)`.
 
         Raises:
-            NotExact: the layer is not linear up to its outputs.
+            NotExact: the layer is not linear up to its outputs, and they are
+                not just made larger or smaller behind a ReLU.
         """
-        if self.layer.activation not in (None, keras.activations.linear):
+        if self.layer.activation not in (None, keras.activations.linear) and (
+            self.layer.activation is not keras.activations.relu
+            or not passes_relu(scale, shift)
+        ):
             raise NotExact(
                 f"the activation of {self.layer.name!r} comes between"
             )

@@ -95,6 +95,8 @@ def moved_before(layer, affine, before, after):
     kind = type(layer)
     if _is_identity(layer):
         return affine
+    if _is_relu(layer) and passes_relu(affine.scale, affine.shift):
+        return affine
     if kind in (*_MEANS, *_MAXIMA):
         check_positions(layer, affine)
         return affine
@@ -139,6 +141,21 @@ def _is_identity(layer):
     return type(layer) in _IDENTITIES or (
         type(layer) is layers.Activation
         and layer.activation is keras.activations.linear
+    )
+
+
+def passes_relu(scale, shift):
+    """Whether `relu(x) * scale + shift` is `relu(x * scale)`."""
+    return np.all(scale > 0.0) and np.all(shift == 0.0)
+
+
+def _is_relu(layer):
+    if type(layer) is layers.Activation:
+        return layer.activation is keras.activations.relu
+    return type(layer) is layers.LeakyReLU or (
+        type(layer) is layers.ReLU
+        and layer.max_value is None
+        and layer.threshold == 0.0
     )
 
 

@@ -35,6 +35,21 @@ def is_tf_keras_model(model):
     )
 
 
+def is_tf_keras_file(path):
+    """Whether it is an .h5 or .keras file of a model that tf-keras wrote."""
+    try:
+        if h5py.is_hdf5(path):
+            with h5py.File(path) as file:
+                version = file["model_weights"].attrs["keras_version"]
+        else:
+            with zipfile.ZipFile(path) as archive:
+                metadata = json.loads(archive.read("metadata.json"))
+                version = metadata["keras_version"]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return False
+    return _text(version).startswith("2.")
+
+
 def from_tf_keras(model):
     """The same as a model of Keras 3.
 
@@ -63,25 +78,39 @@ def from_tf_keras(model):
     path = pathlib.Path(model)
     if not path.is_file():
         raise ValueError(f"`convert` found no such file. Received: {path}.")
-    if h5py.is_hdf5(path):
-        return _read_h5(path)
-    if zipfile.is_zipfile(path):
-        return _read_archive(path)
+    if is_tf_keras_file(path):
+        read = _read_h5 if h5py.is_hdf5(path) else _read_archive
+        try:
+            return read(path)
+        except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+            raise _unreadable(path, error) from error
+    if h5py.is_hdf5(path) or zipfile.is_zipfile(path):
+        return _load(path)
     raise ValueError(
         "`convert` reads .h5 and .keras files. Received: "
         f"{path}, which is neither, or damaged."
     )
 
 
+def _load(path):
+    """Loads what Keras 3 wrote; an .h5 file is not compiled."""
+    is_hdf5 = h5py.is_hdf5(path)
+    if is_hdf5:
+        with h5py.File(path) as file:
+            if "model_config" not in file.attrs:
+                raise ValueError(
+                    "`convert` needs a whole model. Received: "
+                    f"{path}, which has no model's config."
+                )
+    try:
+        return keras.saving.load_model(path, compile=not is_hdf5)
+    except Exception as error:
+        # Keras raises many kinds, whatever is wrong with a file.
+        raise _unreadable(path, error) from error
+
+
 def _read_h5(path):
     with h5py.File(path) as file:
-        if "model_config" not in file.attrs:
-            raise ValueError(
-                "`convert` needs a whole model. Received: "
-                f"{path}, which has no model's config."
-            )
-        if not _is_version_2(file["model_weights"].attrs["keras_version"]):
-            return keras.saving.load_model(path, compile=False)
         model = _model_of(json.loads(file.attrs["model_config"]), path)
         groups = file["model_weights"]
         for layer in model.layers:
@@ -91,18 +120,11 @@ def _read_h5(path):
 
 def _read_archive(path):
     with zipfile.ZipFile(path) as archive:
-        metadata = json.loads(archive.read("metadata.json"))
-        if not _is_version_2(metadata["keras_version"]):
-            return keras.saving.load_model(path)
         config = json.loads(archive.read("config.json"))
         model = _model_of(config, path)
         with archive.open("model.weights.h5") as file, h5py.File(file) as h5:
             _load_by_classes(model, config, h5, path)
     return model
-
-
-def _is_version_2(version):
-    return str(version).startswith("2.")
 
 
 def _model_of(config, path):
@@ -111,6 +133,8 @@ def _model_of(config, path):
     except Exception as error:
         # Keras raises many kinds, whatever is wrong with a config.
         raise _unreadable(path, error) from error
+    if not isinstance(model, keras.Model):
+        raise _unreadable(path, "there is no model in it")
     for layer in model._flatten_layers():
         if isinstance(layer, BatchNormalization):
             layer.unbiased_variance = _is_fused(layer)
@@ -135,6 +159,8 @@ def _for_keras_3(config):
     if not isinstance(config, dict):
         return config
     config = {name: _for_keras_3(one) for name, one in config.items()}
+    # Of another optimizer's class, and with None where Keras 3 counts.
+    config.pop("compile_config", None)
     name = config.get("class_name")
     if name in _CLASSES:
         layer = dict(config["config"])

@@ -100,6 +100,36 @@ def gradients(function, tensors, output_gradient):
     return results, [array(g) for g in of_tensors]
 
 
+def gradients_of_weights(model, inputs, output_gradient):
+    """List of arrays: those of `sum(outputs * output_gradient)` in training.
+
+    The model's state stays as it is, or on TensorFlow and PyTorch is that
+    after the call.
+    """
+    weights = [v.value for v in model.trainable_variables]
+    if IS_JAX:
+        before = [v.value for v in model.non_trainable_variables]
+
+        @jax.jit
+        def run(weights, before):
+            def call(weights):
+                return model.stateless_call(
+                    weights, before, inputs, training=True
+                )[0]
+
+            return jax.vjp(call, weights)[1](output_gradient)[0]
+
+        found = run(weights, before)
+    elif IS_TENSORFLOW:
+        with tf.GradientTape() as tape:
+            outputs = model(inputs, training=True)
+        found = tape.gradient(outputs, weights, output_gradient)
+    else:
+        outputs = model(inputs, training=True)
+        found = torch.autograd.grad(outputs, weights, output_gradient)
+    return [array(x) for x in found]
+
+
 def second_gradients(function, tensors, output_gradient, directions):
     """Gradients of the gradients.
 

@@ -38,6 +38,36 @@ def image_model(*layers, filters=4):
     return model
 
 
+def folding_model():
+    """The same with layers that `fold` treats in all its ways.
+
+    Into the layer before, into the one after with a border, and as one
+    multiplication and addition.
+    """
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, padding="same", activation="relu"),
+            keras_bn.BatchNormalization(momentum=0.0),
+            layers.Conv2D(5, 3, padding="same", use_bias=False),
+            layers.BatchNormalization(momentum=0.0),
+            layers.ReLU(),
+            keras_bn.BatchNormalization(momentum=0.0),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+    for layer in model.layers:
+        if hasattr(layer, "gamma"):
+            size = layer.gamma.shape[0]
+            layer.gamma.assign(np.linspace(-1.5, 1.0, size))
+            layer.beta.assign(np.linspace(0.5, -1.0, size))
+    model(standardized(IMAGES), training=True)
+    return model
+
+
 def standardized(images):
     """As `experiments.data.inputs` gives them in training."""
     shift = np.float32(MEAN)

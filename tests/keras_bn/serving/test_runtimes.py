@@ -34,11 +34,10 @@ def served(tmp_path_factory):
     """A folder with `models/animals/1`, and the logits of the images."""
     keras.utils.set_random_seed(0)
     folder = tmp_path_factory.mktemp("served")
-    model = models.image_model()
+    model = models.folding_model()
     keras_bn.export_saved_model(
         model,
         folder / "models" / "animals",
-        fold=False,
         preprocessing=(models.MEAN, models.DEVIATION),
         class_names=CLASS_NAMES,
         verify_on=IMAGES,

@@ -100,6 +100,53 @@ def test_tensorflow_alone_answers_as_the_model(exported, tmp_path):
     assert len({tuple(row) for row in order}) > 1
 
 
+def test_batch_normalization_is_folded_by_default(tmp_path):
+    model = models.folding_model()
+    found = export.export(
+        model,
+        tmp_path,
+        preprocessing=(models.MEAN, models.DEVIATION),
+        verify_on=IMAGES,
+    )
+    assert [one.how for one in found.fold_report] == [
+        "into the layer after",
+        "into the layer before",
+        "multiply-add",
+    ]
+    loaded = tf.saved_model.load(str(found.path))
+    variables = {x.name for x in loaded.weights}
+    assert any("kernel" in name for name in variables)
+    assert not any("moving" in name for name in variables)
+    logits = models.outputs(model, IMAGES)
+    for name, dtype in (("default", "float32"), ("uint8", "uint8")):
+        answer = loaded.signatures[f"serving_{name}"](
+            inputs=tf.constant(IMAGES.astype(dtype))
+        )
+        np.testing.assert_allclose(answer["outputs"], logits, 1e-4, 1e-4)
+    for difference, allowed in found.differences.values():
+        assert 0.0 < difference < allowed < 0.1
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_an_empty_batch_is_an_error_that_says_so(fold, tmp_path):
+    path = keras_bn.export_saved_model(
+        models.folding_model(),
+        tmp_path,
+        fold=fold,
+        warmup=False,
+        class_names=CLASS_NAMES,
+    )
+    signatures = tf.saved_model.load(str(path)).signatures
+    images = tf.zeros((0, 8, 8, 3))
+    for name, inputs in (
+        ("serving_default", {"inputs": images}),
+        ("serving_uint8", {"inputs": tf.cast(images, tf.uint8)}),
+        ("classify_bytes", {"image_bytes": tf.zeros(0, tf.string)}),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="an empty b"):
+            signatures[name](**inputs)
+
+
 def test_the_scaling_is_that_of_training_to_the_bit():
     """On TensorFlow's side; NumPy's is `experiments.data`'s."""
     made = export.preprocessing_model(
@@ -289,14 +336,43 @@ def test_a_full_disk(published):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_outputs_that_are_not_finite(published):
+@pytest.mark.parametrize(
+    "fold, error, match",
+    [
+        (False, ExportError, "outputs are not finite"),
+        (True, ValueError, "with moving_variance not finite"),
+    ],
+)
+def test_statistics_that_are_not_finite(fold, error, match, published):
     model = models.image_model()
     model.layers[1].moving_variance.assign(np.full(4, np.nan))
     weights = model.get_weights()
-    with pytest.raises(ExportError, match="outputs are not finite"):
-        keras_bn.export_saved_model(model, published, fold=False, warmup=False)
+    with pytest.raises(error, match=match):
+        keras_bn.export_saved_model(model, published, fold=fold, warmup=False)
     for found, before in zip(model.get_weights(), weights):
         np.testing.assert_array_equal(found, before)
+
+
+class NoConfig(keras.layers.Layer):
+    def __init__(self, factor):
+        super().__init__()
+        self._factor = factor
+
+    def call(self, inputs):
+        return self._factor * inputs
+
+
+def test_a_layer_that_cannot_be_cloned(published, tmp_path):
+    """It cannot be folded around; without folding it is served as it is."""
+    model = models.image_model(NoConfig(2.0))
+    with pytest.raises(ValueError, match="`fold` cannot clone .* 'no_config'"):
+        keras_bn.export_saved_model(model, published, warmup=False)
+    path = keras_bn.export_saved_model(
+        model, tmp_path / "not_folded", fold=False, warmup=False
+    )
+    function = tf.saved_model.load(str(path)).signatures["serving_default"]
+    found = function(inputs=models.standardized(IMAGES))["outputs"]
+    np.testing.assert_allclose(found, models.outputs(model, IMAGES), 1e-4, 1e-4)
 
 
 def test_several_inputs_and_outputs(tmp_path):

@@ -1,11 +1,14 @@
 """`convert` of models and files of tf-keras (Keras 2)."""
 
+import zipfile
+
 import keras
 import numpy as np
 import pytest
 import tf_keras
 
 import keras_bn
+import keras_bn_command
 from tests.keras_bn import frameworks
 
 layers = tf_keras.layers
@@ -61,8 +64,9 @@ def test_models(kind, tmp_path):
     inputs = np.random.default_rng(1).normal(size=(4, 8, 8, 3))
     inputs = inputs.astype("float32")
     np.testing.assert_allclose(
-        frameworks.array(ours(inputs)), theirs(inputs).numpy(), 1e-5, 1e-5
+        ours.predict(inputs, verbose=0), theirs(inputs).numpy(), 1e-5, 1e-5
     )
+    assert not ours.compiled
     found = {
         x.name: x
         for x in ours._flatten_layers()
@@ -113,10 +117,47 @@ def test_files_of_keras_3(tmp_path):
         np.testing.assert_array_equal(layer.beta.numpy(), [1, 2, 3, 4])
 
 
+@pytest.mark.parametrize("kind", ["model.h5", "model.keras"])
+def test_the_command(kind, tmp_path, capsys):
+    theirs = _model()
+    theirs.save(tmp_path / kind)
+    output = tmp_path / "new.keras"
+    arguments = [str(tmp_path / kind), "--output", str(output)]
+    assert keras_bn_command.main(["convert", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "converted 7 batch normalizations to keras_bn\n" in printed
+    inputs = np.random.default_rng(1).normal(size=(4, 8, 8, 3))
+    inputs = inputs.astype("float32")
+    np.testing.assert_allclose(
+        frameworks.array(keras.saving.load_model(output)(inputs)),
+        theirs(inputs).numpy(),
+        1e-5,
+        1e-5,
+    )
+
+
+def test_functions_that_do_not_take_their_models():
+    for function in (keras_bn.fold, keras_bn.audit):
+        with pytest.raises(ValueError, match="`keras_bn.convert` makes one of"):
+            function(_model())
+
+
 def test_bad_files(tmp_path):
     (tmp_path / "no.keras").write_bytes(b"nothing")
     theirs = _model()
     theirs.save_weights(tmp_path / "weights.h5")
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.save(tmp_path / "new.keras")
+    for name, config in (("empty", "{}"), ("torn", '{"class_name')):
+        with (
+            zipfile.ZipFile(tmp_path / "new.keras") as there,
+            zipfile.ZipFile(tmp_path / f"{name}.keras", "w") as here,
+        ):
+            here.writestr("metadata.json", '{"keras_version": "2.15.0"}')
+            here.writestr("config.json", config)
+            here.writestr(
+                "model.weights.h5", there.read("model.weights.h5")
+            )
     multiplied = tf_keras.Sequential(
         [layers.Input((3,)), layers.BatchNormalization()]
     )
@@ -127,6 +168,8 @@ def test_bad_files(tmp_path):
         (tmp_path / "none.h5", "no such file"),
         (tmp_path / "no.keras", "neither, or damaged"),
         (tmp_path / "weights.h5", "needs a whole model"),
+        (tmp_path / "empty.keras", "there is no model in it"),
+        (tmp_path / "torn.keras", "cannot make a model of Keras 3"),
         (multiplied, "cannot make a model of Keras 3"),
     ):
         with pytest.raises(ValueError, match=message) as error:

@@ -352,6 +352,29 @@ def test_a_graph(tmp_path):
         np.testing.assert_array_equal(found, _outputs(folded, values)[name])
 
 
+@pytest.mark.parametrize("depth", ["flat", "nested"])
+def test_layers_that_are_used_with_different_inputs(depth):
+    """What is shared cannot take in two normalizations, and keeps its own."""
+    conv = layers.Conv2D(4, 3, padding="same", name="shared")
+    norm = OURS(name="used_twice")
+    if depth == "nested":
+        conv = keras.Sequential([keras.Input(IMAGE), conv, BN(name="in")])
+    inputs = keras.Input(IMAGE)
+    x, y = conv(inputs), conv(0.5 * inputs)
+    x, y = BN(name="of_x")(x), BN(name="of_y")(y)
+    x, y = (layers.Conv2D(4, 3)(z) for z in (x, y))
+    outputs = norm(x) - norm(y)
+    model = models.randomize(keras.Model(inputs, outputs))
+    folded = _folded(model, IMAGE)
+    how = {one.layer: one.how for one in folded.fold_report}
+    expected = {"of_x": AFTER, "of_y": AFTER, "used_twice": LEFT}
+    if depth == "nested":
+        expected = {"sequential/in": BEFORE, **expected}
+    assert how == expected
+    reasons = {one.layer: one.reason for one in folded.fold_report}
+    assert "'used_twice' is used more than once" in reasons["used_twice"]
+
+
 def test_what_is_no_inference_is_kept():
     inputs = keras.Input((4,))
     x = layers.Dense(4)(inputs)
@@ -379,12 +402,74 @@ def test_the_articles_network(layer):
     model = article_models.build(condition, layer=layer)
     folded = _folded(models.randomize(model, "positive"), (32, 32, 3))
     assert [(x.how, x.into) for x in folded.fold_report] == [
-        (AFTER, ("conv2",)),
-        (AFTER, ("dense",)),
-        (AFTER, ("logits",)),
+        (AFTER, ("conv1", "conv2")),
+        (AFTER, ("conv2", "dense")),
+        (AFTER, ("dense", "logits")),
     ]
     folded = _folded(models.randomize(model), (32, 32, 3))
     assert [x.how for x in folded.fold_report] == [LEFT, LEFT, AFTER]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda: [layers.Activation("relu")],
+        lambda: [layers.ReLU(negative_slope=0.1)],
+        lambda: [layers.LeakyReLU(), layers.AveragePooling2D(2)],
+        lambda: [layers.ReLU(), layers.GlobalMaxPooling2D()],
+    ],
+)
+def test_scales_pass_a_relu(between):
+    """What is between the layers keeps the range that it had normalized."""
+    parts = [layers.Conv2D(4, 3), *between(), BN(), layers.Dense(3)]
+    folded, hows = _fold(IMAGE, parts, "some zero")
+    (one,) = folded.fold_report
+    assert hows == [AFTER]
+    assert [name.split("_")[0] for name in one.into] == ["conv2d", "dense"]
+
+
+@pytest.mark.parametrize(
+    "between", [lambda: layers.ReLU(max_value=6.0), lambda: layers.ELU()]
+)
+def test_scales_that_stay_behind(between):
+    parts = [layers.Conv2D(4, 3), between(), BN(), layers.Dense(3)]
+    folded, hows = _fold(IMAGE, parts)
+    (one,) = folded.fold_report
+    assert hows == [AFTER] and len(one.into) == 1
+
+
+def test_before_quantization():
+    """Keras takes one scale for all units that a dense layer reads."""
+    _set_precision("float32")
+    units = 64
+    bn = BN(momentum=0.0)
+    model = keras.Sequential(
+        [
+            keras.Input((16,)),
+            layers.Dense(units, activation="relu"),
+            bn,
+            layers.Dense(8),
+        ]
+    )
+    models.randomize(model)
+    generator = np.random.default_rng(2)
+    # Units of very different size, which normalization makes alike.
+    sizes = 10.0 ** generator.uniform(-2, 2, units)
+    first = model.layers[0]
+    first.kernel.assign(generator.normal(size=(16, units)) * sizes)
+    first.bias.assign(generator.normal(size=units) * sizes)
+    inputs = generator.normal(size=(256, 16)).astype("float32")
+    model(inputs, training=True)
+    expected = _outputs(model, inputs)
+    folded = keras_bn.fold(model)
+    folded.quantize("int8")
+    model.quantize("int8")
+    deviation = expected.std()
+    plain, found = (
+        np.abs(_outputs(x, inputs) - expected).mean() / deviation
+        for x in (model, folded)
+    )
+    assert 0.0 < found < 1.5 * plain < 0.05
 
 
 FOLDED_BEFORE = {
