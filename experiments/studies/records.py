@@ -129,7 +129,7 @@ def _record(where, line):
     try:
         parsed = json.loads(line)
         record = Record(
-            parsed["facts"],
+            dict(parsed["facts"]),
             {
                 name: np.array(values, float)
                 for name, values in parsed["lines"].items()
