@@ -1,6 +1,5 @@
 """The chapters of the report about the studies, and the table of claims."""
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from experiments.report_html import paragraphs
 from experiments.report_html import section
 from experiments.report_html import table
 from experiments.studies.study import Results
+from experiments.studies.verdict import NOT_SUPPORTED
 
 HEADINGS = ("study", "claim", "verdict", "largest effect")
 
@@ -71,9 +71,7 @@ def _main(results):
 
 
 def _chapter(results, svg):
-    study = results.study
-    caption = study.caption(results)
-    theirs = results.answers_of_keras
+    study, caption = results.study, results.study.caption(results)
     return section(
         f"Study: {study.title}",
         paragraphs(
@@ -84,33 +82,50 @@ def _chapter(results, svg):
         ),
         items(x.sentence for x in results.answers),
         report_figures.figure(svg, caption, f"{study.title}. {caption}"),
-        paragraphs([study.against]) if study.against else "",
-        paragraphs(
-            [
-                "The same with keras.layers.BatchNormalization in place of "
-                "ours:"
-            ]
-        )
-        + items(x.sentence for x in theirs)
-        if theirs
-        else "",
+        _contradiction(results),
         paragraphs(
             [
                 f"What would change it: {study.would_change}",
                 f"{_runs(results)} on {_data(results)}.",
             ]
         ),
-        "<pre>"
-        + html.escape(f"python -m experiments.studies {study.name}")
-        + "</pre>",
+        f"<pre>python -m experiments.studies {study.name}</pre>",
     )
+
+
+def _contradiction(results):
+    """Says what the verdict is against, and what Keras's layer says."""
+    study, sentences = results.study, [results.study.against]
+    refuted = [
+        x.question for x in results.answers if x.outcome == NOT_SUPPORTED
+    ]
+    if refuted:
+        sentences.append(
+            f"This contradicts the claim of {study.source}: it does not hold "
+            f"{', '.join(x.when for x in refuted)}."
+        )
+    theirs = results.answers_of_keras
+    if refuted and not theirs:
+        sentences.append(
+            "Whether it is the doing of our layer is asked by python -m "
+            f"experiments.studies {study.name} --layer=keras."
+        )
+    text = paragraphs(sentences)
+    if theirs:
+        text += paragraphs(
+            ["With keras.layers.BatchNormalization in place of ours:"]
+        ) + items(x.sentence for x in theirs)
+    return text
 
 
 def _runs(results):
     records = [x for own in results.runs.values() for x in own.values()]
     facts = results.facts
-    seconds = sum(x.lines["train_seconds"].sum() for x in records
-                  if "train_seconds" in x.lines)
+    seconds = sum(
+        x.lines["train_seconds"].sum()
+        for x in records
+        if "train_seconds" in x.lines
+    )
     text = f"{len(records)} runs"
     if seconds:
         text += f", {seconds / 60:.1f} minutes of training"

@@ -106,6 +106,10 @@ class BatchSize(Study):
         ),
     )
     axis = "the size of the batch"
+    against = (
+        "Hoffer et al. (2017) find that ghost batches help to generalize; "
+        "theirs are of 128 images, in batches of thousands."
+    )
     would_change = (
         "Moving statistics in training (renormalization with tight bounds), or "
         "images so large that a few of them have moments enough."
@@ -113,9 +117,7 @@ class BatchSize(Study):
     real = dataclasses.replace(
         REAL, seeds=3, steps=480, eval_every=30, train_images=5_000
     )
-    quick = dataclasses.replace(
-        QUICK, arms=("batch_4", "batch_64", "group_4", "group_64")
-    )
+    quick = dataclasses.replace(QUICK, arms=("batch_4", "batch_64", "group_64"))
 
     def adjusted(self, settings):
         """As many images for every size of the batch."""

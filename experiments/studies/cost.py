@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -187,8 +189,6 @@ def _child():
     """Answers how much more a step on many images needs than one on few."""
     answer = child_process.answering()
     architecture = Architecture(**json.load(sys.stdin))
-    import resource
-
     settings = STUDY.settings(quick=True, layer="keras_bn")[0]
     model = run_model.build(
         dataclasses.replace(settings, architecture=architecture)
@@ -200,8 +200,15 @@ def _child():
         labels = generator.integers(0, 10, count)
         for _ in range(3):
             model.train_on_batch(images, labels)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    answer(megabytes=(peaks[1] - peaks[0]) / 1024)  # counted in KiB on Linux
+        peaks.append(_peak())
+    answer(megabytes=peaks[1] - peaks[0])
+
+
+def _peak():
+    """Megabytes of memory that this process has had at most."""
+    # On Linux getrusage begins with the peak of the process before exec.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024
 
 
 STUDY = Cost()

@@ -74,9 +74,7 @@ class OlderRemedies(Study):
         "than one batch between steps."
     )
     real = dataclasses.replace(REAL, seeds=5)
-    quick = dataclasses.replace(
-        QUICK, arms=("none", "batch", "penalty_0.01", "between")
-    )
+    quick = dataclasses.replace(QUICK, arms=("batch", "penalty_0.1", "between"))
 
     def caption(self, results):
         return (

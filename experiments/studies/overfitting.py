@@ -120,7 +120,7 @@ class Overfitting(Study):
     )
     real = REAL
     quick = dataclasses.replace(
-        QUICK, arms=("none_1000", "batch_1000", "both_1000")
+        QUICK, arms=("none_1000", "both_1000")
     )
 
     def adjusted(self, settings):

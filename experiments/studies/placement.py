@@ -83,9 +83,7 @@ class Placement(Study):
         "normalization decides how much of it is used."
     )
     real = dataclasses.replace(REAL, seeds=5)
-    quick = dataclasses.replace(
-        QUICK, arms=("before_1", "after_1", "input_1", "no_bias_1")
-    )
+    quick = dataclasses.replace(QUICK, arms=("before_1", "after_1", "input_1"))
 
 
 STUDY = Placement()

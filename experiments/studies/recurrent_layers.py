@@ -14,14 +14,21 @@ from experiments.studies.small_networks import MOMENTUM
 ROWS = 2
 # Cooijmans et al., section 4: with 1 the tanh saturates and gradients vanish.
 INITIAL_GAMMA = 0.1
+_LAYERS = {
+    "keras_bn": keras_bn.BatchNormalization,
+    "keras": layers.BatchNormalization,
+}
 
 
-def build(normalization: str, units: int, seed: int) -> keras.Model:
+def build(
+    normalization: str, layer: str, units: int, seed: int
+) -> keras.Model:
     """Builds a recurrent network that reads an image row by row.
 
     Args:
         normalization: "none" and "batch_inputs" (batch normalization of the
             sequence, then a plain LSTM), "batch_recurrent" or "layer".
+        layer: whose batch normalization: "keras_bn" or "keras".
         units: of the LSTM.
         seed: int of at least 0.
 
@@ -38,7 +45,7 @@ def build(normalization: str, units: int, seed: int) -> keras.Model:
     model.add(keras.Input(INPUT_SHAPE))
     model.add(layers.Reshape((steps, ROWS * width * channels)))
     if normalization == "batch_inputs":
-        model.add(keras_bn.BatchNormalization(momentum=MOMENTUM))
+        model.add(_LAYERS[layer](momentum=MOMENTUM))
     if normalization in ("none", "batch_inputs"):
         model.add(
             layers.LSTM(
@@ -48,7 +55,9 @@ def build(normalization: str, units: int, seed: int) -> keras.Model:
             )
         )
     else:
-        model.add(NormalizedLSTM(units, normalization, kernel, recurrent))
+        model.add(
+            NormalizedLSTM(units, normalization, layer, kernel, recurrent)
+        )
     model.add(
         layers.Dense(
             10, kernel_initializer=keras.initializers.GlorotUniform(seeds[2])
@@ -68,13 +77,17 @@ class NormalizedLSTM(layers.Layer):
         normalization: "batch_recurrent": batch normalization with moments,
             and moving statistics, of each time step, and one gamma and beta
             for all (Cooijmans et al., 2016); or "layer" (Ba et al., 2016).
+        layer: whose batch normalization: "keras_bn" or "keras".
         kernel, recurrent: initializers of W and U.
         **kwargs: those of `keras.layers.Layer`.
     """
 
-    def __init__(self, units, normalization, kernel, recurrent, **kwargs):
+    def __init__(
+        self, units, normalization, layer, kernel, recurrent, **kwargs
+    ):
         super().__init__(**kwargs)
         self._units = units
+        self._layer = layer
         self._batch = normalization == "batch_recurrent"
         self._kernel, self._recurrent = kernel, recurrent
 
@@ -105,23 +118,18 @@ class NormalizedLSTM(layers.Layer):
             shape=(self._units,), initializer="zeros", name="beta_c"
         )
         if self._batch:
-            # Every time step of the inputs has statistics of its own.
-            self._of_inputs = _batch_normalization(axis=(1, 2))
-            self._of_inputs.build((None, self._steps, width))
-            self._of_states = [
-                self._made(_batch_normalization(), width)
-                for _ in range(self._steps - 1)
-            ]
-            self._of_cells = [
-                self._made(_batch_normalization(), self._units)
-                for _ in range(self._steps)
-            ]
+            self._of_inputs, self._of_states, self._of_cells = (
+                [
+                    self._made(_batch_normalization(self._layer), size)
+                    for _ in range(self._steps)
+                ]
+                for size in (width, width, self._units)
+            )
         else:
-            self._of_inputs = self._made(_layer_normalization(), width)
-            states = self._made(_layer_normalization(), width)
-            cells = self._made(_layer_normalization(), self._units)
-            self._of_states = [states] * (self._steps - 1)
-            self._of_cells = [cells] * self._steps
+            self._of_inputs, self._of_states, self._of_cells = (
+                [self._made(_layer_normalization(), size)] * self._steps
+                for size in (width, width, self._units)
+            )
 
     def _made(self, layer, size):
         layer.build((None, size))
@@ -129,13 +137,14 @@ class NormalizedLSTM(layers.Layer):
 
     def call(self, inputs, training=False):
         of_x, of_h, of_c = self._gammas
-        fed = self._of_inputs(ops.matmul(inputs, self._w), training=training)
-        fed = of_x * fed + self._bias
+        fed = ops.matmul(inputs, self._w)
+        # At the first step there is no state yet.
         state = cell = None
         for step in range(self._steps):
-            gates = fed[:, step]
+            gates = self._of_inputs[step](fed[:, step], training=training)
+            gates = of_x * gates + self._bias
             if step:
-                turned = self._of_states[step - 1](
+                turned = self._of_states[step](
                     ops.matmul(state, self._u), training=training
                 )
                 gates = gates + of_h * turned
@@ -151,9 +160,8 @@ class NormalizedLSTM(layers.Layer):
         return input_shape[0], self._units
 
 
-def _batch_normalization(axis=-1):
-    return keras_bn.BatchNormalization(
-        axis=axis,
+def _batch_normalization(layer):
+    return _LAYERS[layer](
         momentum=MOMENTUM,
         epsilon=article.BATCH_NORM_EPSILON,
         center=False,

@@ -78,7 +78,7 @@ class Study:
             are answered with "supported".
         axis: what else the verdict may depend on, after "depends on".
         would_change: what would change the verdict, one sentence.
-        against: what the verdict contradicts, in sentences; may be empty.
+        against: what well-known papers say otherwise; may be empty.
         real, quick: how much is trained.
         loss: which of a run's losses must have flattened.
         unit: what `figure` draws along its axis.
@@ -344,11 +344,23 @@ class Results:
         }
         quantities = self.study.quantities(runs)
         return [
-            verdict.answer(
-                question, quantities, losses, self.facts["dataset"]
-            )
+            verdict.answer(question, quantities, losses, self._unfit)
             for question in self.study.questions
         ]
+
+    @property
+    def _unfit(self):
+        """Why no verdict may be made of these runs; empty if one may."""
+        if self.facts["dataset"] != "cifar10":
+            return f"measured on {self.facts['dataset']}"
+        steps = {
+            x.arm: x.steps for x in self.study.settings(False, "keras_bn")
+        }
+        for arm, own in self.runs.items():
+            for record in own.values():
+                if record.facts["steps"] != steps[arm.removesuffix(KERAS)]:
+                    return "of another setting than the real one"
+        return ""
 
 
 def curves(
@@ -372,7 +384,8 @@ def _of_layer(settings, layer):
     architecture = settings.architecture
     if layer != "keras":
         return [settings]
-    if architecture.normalization != "batch" or architecture.virtual_batch_size:
+    theirs = architecture.normalization.startswith("batch")
+    if not theirs or architecture.virtual_batch_size:
         return []
     return [
         dataclasses.replace(

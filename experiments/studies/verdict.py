@@ -3,7 +3,7 @@
 A question asks for a difference. Its answer has a verdict only where the
 reference's loss has flattened (more training would not change what it is
 compared with), there are seeds enough for a 95% interval (Student's t over
-paired seeds), and the data are CIFAR-10:
+paired seeds), and the data are CIFAR-10 in the study's real setting:
 
     supported      the interval lies above zero and the mean is at least the
                    minimum effect that the study declares
@@ -150,7 +150,7 @@ def answer(
     question: Question,
     quantities: Mapping[str, Mapping[int, float]],
     losses: Mapping[str, Sequence[np.ndarray]],
-    dataset: str,
+    unfit: str = "",
 ) -> Answer:
     """Answers a question.
 
@@ -158,15 +158,15 @@ def answer(
         question: what is asked.
         quantities: name -> seed -> value.
         losses: name of an arm -> of each seed, the loss at each evaluation.
-        dataset: what was trained on; anything but "cifar10" is not assessed.
+        unfit: why no verdict may be made of these results; empty if one may.
     """
     difference = difference_of(question, quantities)
     reason = ""
     missing = [arm for arm in question.reference if arm not in losses]
     if difference is None or missing:
         reason = "no measurement of all of it"
-    elif dataset != "cifar10":
-        reason = f"measured on {dataset}"
+    elif unfit:
+        reason = unfit
     elif difference.low is None:
         reason = "one seed has no interval"
     else:

@@ -96,6 +96,13 @@ def test_digits_are_never_assessed(study, tmp_path):
     assert {x.reason for x in results.answers} == {"measured on digits"}
 
 
+@_each
+def test_the_quick_setting_is_never_assessed(study, tmp_path):
+    study_files.write(study, tmp_path, _some, steps=3)
+    results = study.read(tmp_path)
+    assert results.verdict == verdict.NOT_ASSESSED
+
+
 def _favouring(name):
     """Values of a study in which one arm is ten points better."""
 

@@ -24,7 +24,7 @@ def _question(**changes):
     return Question(**{**values, **changes})
 
 
-def _answer(effect, losses=_FLAT, dataset="cifar10", seeds=4, **changes):
+def _answer(effect, losses=_FLAT, unfit="", seeds=4, **changes):
     """The answer where ours is so many points above theirs."""
     theirs = 0.5 + _NOISE[:seeds]
     ours = theirs + effect / 100 + _NOISE[:seeds][::-1]
@@ -33,7 +33,7 @@ def _answer(effect, losses=_FLAT, dataset="cifar10", seeds=4, **changes):
         "theirs": dict(enumerate(theirs)),
     }
     losses = {"theirs": np.array(losses)}
-    return verdict.answer(_question(**changes), quantities, losses, dataset)
+    return verdict.answer(_question(**changes), quantities, losses, unfit)
 
 
 def test_the_interval_is_students_over_paired_seeds():
@@ -70,7 +70,7 @@ def test_an_interval_that_includes_zero_supports_nothing():
         "theirs": dict(enumerate((0.5, 0.5, 0.5, 0.5))),
     }
     answer = verdict.answer(
-        _question(), quantities, {"theirs": np.array(_FLAT)}, "cifar10"
+        _question(), quantities, {"theirs": np.array(_FLAT)}
     )
     assert answer.difference.mean == pytest.approx(7.5)
     assert answer.outcome == verdict.NOT_ASSESSED
@@ -102,7 +102,7 @@ def test_a_claim_of_no_loss():
     ("changes", "reason"),
     [
         ({"losses": _FALLING}, "the loss of theirs still falls"),
-        ({"dataset": "digits"}, "measured on digits"),
+        ({"unfit": "measured on digits"}, "measured on digits"),
         ({"seeds": 1}, "one seed has no interval"),
         ({"ours": ("nobody",)}, "no measurement of all of it"),
     ],
@@ -128,7 +128,7 @@ def test_flattened():
 
 def test_the_verdict_on_a_claim():
     good, bad = _answer(5.0, when="here"), _answer(-5.0, when="there")
-    unknown = _answer(5.0, dataset="digits")
+    unknown = _answer(5.0, unfit="measured on digits")
     assert verdict.overall([good, good], "it") == "supported"
     assert verdict.overall([bad, unknown], "it") == "not supported"
     assert verdict.overall([unknown], "it") == "not assessed"
