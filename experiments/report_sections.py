@@ -47,6 +47,7 @@ def page_sections(
         Placeholder of the template -> HTML, and name of a figure -> SVG for
         a file of its own.
     """
+    summary = report_studies.summary(studied)
     study_chapters, files = report_studies.chapters(studied)
     control_chapters, drawn = report_comparison.control_chapters(found)
     files |= drawn
@@ -56,7 +57,7 @@ def page_sections(
         introduction = paragraphs(
             [f"{len(studied)} studies of small networks."]
         )
-        chapters = [study_chapters]
+        chapters = [summary, study_chapters]
         if runs:
             title = "Batch normalization in the article's CNN: controls"
             introduction = paragraphs(
@@ -71,6 +72,7 @@ def page_sections(
         files |= drawn
         on_data = f"on {contents.data}"
         chapters = [
+            summary,
             section(f"Final test accuracy {on_data}", _accuracies(contents)),
             section(
                 f"Test accuracy over training steps {on_data}",

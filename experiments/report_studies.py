@@ -34,20 +34,18 @@ def summary_rows(found: Sequence[Results]) -> list[tuple[str, ...]]:
     return rows
 
 
-def chapters(found: Sequence[Results]) -> tuple[str, dict[str, str]]:
-    """Returns the table of claims and the chapters, and name -> SVG."""
+def markdown_rows(found: Sequence[Results]) -> list[str]:
+    """Returns the rows of the table of claims as the README has them."""
+    return [
+        f"| `{name}` | {claim} | {verdict} | {effect} |"
+        for name, claim, verdict, effect in summary_rows(found)
+    ]
+
+
+def summary(found: Sequence[Results]) -> str:
+    """The table of all claims; nothing if there are no studies."""
     if not found:
-        return "", {}
-    parts, files = [_summary(found)], {}
-    for results in found:
-        study = results.study
-        name = f"study_{study.name}"
-        files[name] = study.figure(results)
-        parts.append(_chapter(results, files[name]))
-    return "\n".join(parts), files
-
-
-def _summary(found):
+        return ""
     return section(
         "The articles' claims, measured",
         table(
@@ -60,6 +58,16 @@ def _summary(found):
             summary_rows(found),
         ),
     )
+
+
+def chapters(found: Sequence[Results]) -> tuple[str, dict[str, str]]:
+    """A chapter for each study, and name -> SVG of its figure."""
+    parts, files = [], {}
+    for results in found:
+        name = f"study_{results.study.name}"
+        files[name] = results.study.figure(results)
+        parts.append(_chapter(results, files[name]))
+    return "\n".join(parts), files
 
 
 def _main(results):

@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments import data
 from experiments import evaluation
-from experiments import report_figures
+from experiments import report_plots
 from experiments.controls import Arm
 from experiments.studies.small_networks import Architecture
 from experiments.studies.study import QUICK
@@ -180,7 +180,7 @@ class BatchSize(Study):
             sizes,
             measured,
         )
-        return report_figures.draw_lines(
+        return report_plots.draw_lines(
             f"study_{self.name}",
             lines,
             "images that have statistics in common",

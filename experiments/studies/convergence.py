@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from experiments import report_figures
+from experiments import report_plots
 from experiments.controls import Arm
 from experiments.studies.small_networks import Architecture
 from experiments.studies.study import REAL
@@ -86,7 +86,7 @@ class Convergence(Study):
             (self.words(arm), *curves(results.runs[arm], "train_loss"))
             for arm in results.arms
         ]
-        return report_figures.draw_lines(
+        return report_plots.draw_lines(
             f"study_{self.name}", lines, "training steps", "training loss"
         )
 

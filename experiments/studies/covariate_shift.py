@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments import checkpoint
 from experiments import data
-from experiments import report_figures
+from experiments import report_plots
 from experiments.controls import Arm
 from experiments.studies.small_networks import FILTERS
 from experiments.studies.small_networks import Architecture
@@ -151,7 +151,7 @@ class CovariateShift(Study):
             (self.words(arm), *curves(results.runs[arm], "shift_last"))
             for arm in results.arms
         ]
-        return report_figures.draw_lines(
+        return report_plots.draw_lines(
             f"study_{self.name}",
             lines,
             "training steps",

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from experiments import report_figures
+from experiments import report_plots
 from experiments.controls import Arm
 from experiments.studies.small_networks import Architecture
 from experiments.studies.study import QUICK
@@ -77,7 +77,7 @@ class Initialization(Study):
                 seeds = sorted(set.intersection(*map(set, own.values())))
                 values = [[of[seed] for of in own.values()] for seed in seeds]
                 lines.append((words, np.array(list(own)), np.array(values)))
-        return report_figures.draw_lines(
+        return report_plots.draw_lines(
             f"study_{self.name}",
             lines,
             "initial scale of all kernels, times Glorot's",

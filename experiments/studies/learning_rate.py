@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from experiments import report_figures
+from experiments import report_plots
 from experiments.controls import Arm
 from experiments.studies.small_networks import Architecture
 from experiments.studies.study import QUICK
@@ -130,7 +130,7 @@ class LearningRate(Study):
                             np.array(values),
                         )
                     )
-        return report_figures.draw_lines(
+        return report_plots.draw_lines(
             f"study_{self.name}", lines, "learning rate", self.unit, log="x"
         )
 

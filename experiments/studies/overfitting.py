@@ -4,7 +4,7 @@ import dataclasses
 
 from experiments import data
 from experiments import evaluation
-from experiments import report_figures
+from experiments import report_plots
 from experiments.controls import Arm
 from experiments.studies.small_networks import Architecture
 from experiments.studies.study import QUICK
@@ -164,7 +164,7 @@ class Overfitting(Study):
                 (f"{self.words(arm)}: the gap", f"gap, {arm}"),
             )
         ]
-        return report_figures.draw_dots(
+        return report_plots.draw_dots(
             f"study_{self.name}", groups, "accuracy"
         )
 

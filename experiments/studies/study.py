@@ -13,7 +13,7 @@ import numpy as np
 from experiments import ExperimentError
 from experiments import data
 from experiments import many_runs
-from experiments import report_figures
+from experiments import report_plots
 from experiments import result_files
 from experiments import train
 from experiments.controls import Arm
@@ -272,7 +272,7 @@ class Study:
         """Draws the results, as SVG; here a row of dots for each arm."""
         quantities = results.quantities
         groups = [(self.words(x), quantities[x]) for x in results.arms]
-        return report_figures.draw_dots(
+        return report_plots.draw_dots(
             f"study_{self.name}", groups, self.unit
         )
 
