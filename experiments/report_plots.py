@@ -90,7 +90,8 @@ def draw_lines(
         The SVG for a white background.
     """
     with matplotlib.rc_context(style(name)):
-        drawing = Figure(figsize=(6.4, 4.2), layout="constrained")
+        size = (6.4, 3.6 + 0.2 * len(lines))
+        drawing = Figure(figsize=size, layout="constrained")
         drawing.patch.set_visible(False)
         axes = drawing.add_subplot()
         axes.patch.set_visible(False)
@@ -133,7 +134,5 @@ def draw_lines(
             axes.set_yscale("log")
         axes.set_xlabel(across)
         axes.set_ylabel(up)
-        drawing.legend(
-            loc="outside lower left", frameon=False, ncols=2, handlelength=3
-        )
+        drawing.legend(loc="outside lower left", frameon=False, handlelength=3)
         return to_svg(drawing, axes, marks)

@@ -12,7 +12,7 @@ from experiments.report_html import table
 from experiments.studies.study import Results
 from experiments.studies.verdict import NOT_SUPPORTED
 
-HEADINGS = ("study", "claim", "verdict", "largest effect")
+HEADINGS = ("study", "claim", "verdict", "effect")
 
 
 def read(results_dir: Path | str) -> list[Results]:
@@ -56,6 +56,7 @@ def summary(found: Sequence[Results]) -> str:
             "interval excludes that effect.",
             HEADINGS,
             summary_rows(found),
+            "words",
         ),
     )
 
@@ -110,7 +111,7 @@ def _contradiction(results):
     if refuted:
         sentences.append(
             f"This contradicts the claim of {study.source}: it does not hold "
-            f"{', '.join(x.when for x in refuted)}."
+            f"{'; '.join(x.when for x in refuted)}."
         )
     theirs = results.answers_of_keras
     if refuted and not theirs:

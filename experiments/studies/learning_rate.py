@@ -112,8 +112,9 @@ class LearningRate(Study):
 
     def figure(self, results):
         lines = []
-        for optimizer, words in _WORDS.items():
-            for normalization, state in _NORMALIZATIONS.items():
+        # A colour for each optimizer.
+        for normalization, state in _NORMALIZATIONS.items():
+            for optimizer, words in _WORDS.items():
                 accuracies = self._accuracies(
                     results.runs, normalization, optimizer
                 )

@@ -216,7 +216,7 @@ def overall(answers: Sequence[Answer], axis: str) -> str:
             x.question.when for x in assessed if x.outcome == NOT_SUPPORTED
         ]
         return (
-            f"{DEPENDS} {axis}: holds {', '.join(holds)}; "
-            f"not {', '.join(fails)}"
+            f"{DEPENDS} {axis}: holds {'; '.join(holds)}, but not "
+            f"{'; '.join(fails)}"
         )
     return outcomes.pop()

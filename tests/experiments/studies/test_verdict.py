@@ -134,5 +134,5 @@ def test_the_verdict_on_a_claim():
     assert verdict.overall([unknown], "it") == "not assessed"
     assert (
         verdict.overall([good, bad, unknown], "the place")
-        == "depends on the place: holds here; not there"
+        == "depends on the place: holds here, but not there"
     )
