@@ -54,16 +54,13 @@ def page_sections(
     if contents is None:
         runs = [run for x in found for own in x.runs.values() for run in own]
         title = "Batch normalization: what is claimed of it, measured"
-        introduction = paragraphs(
-            [f"{len(studied)} studies of small networks."]
-        )
+        said = f"{len(studied)} studies of small networks."
         chapters = [summary, study_chapters]
         if runs:
             title = "Batch normalization in the article's CNN: controls"
-            introduction = paragraphs(
-                [f"{len(runs)} runs of control experiments."]
-            )
+            said = f"{len(runs)} runs of control experiments."
             chapters += [control_chapters, _settings_of(runs, {})]
+        introduction = paragraphs([said])
     else:
         title = f"Batch normalization in the article's CNN on {contents.data}"
         introduction = _introduction(contents)
