@@ -35,7 +35,9 @@ class ExperimentError(ValueError):
     """What the user gave cannot be used; the message is one line."""
 
 
-def launch(main: Callable[[list[str]], int | None]) -> None:
+def launch(
+    main: Callable[[list[str]], int | None], takes_arguments: bool = False
+) -> None:
     """Runs ``main(argv)`` as a program, and ends the process.
 
     An `ExperimentError` is printed as one line and gives exit code 1, and so
@@ -46,6 +48,7 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
     Args:
         main: is given the program's name and what absl's flags left over;
             returns the exit code, None being 0.
+        takes_arguments: whether flags may leave anything over.
     """
 
     def guarded(argv):
@@ -54,7 +57,7 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
-            if len(argv) > 1:
+            if len(argv) > 1 and not takes_arguments:
                 raise ExperimentError(
                     f"every setting is a flag. Received: {argv[1]!r}; "
                     "--help lists the flags"

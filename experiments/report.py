@@ -15,6 +15,7 @@ from experiments import atomic
 from experiments import controls
 from experiments import launch
 from experiments import report_sections
+from experiments import report_studies
 from experiments import report_summaries
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -28,7 +29,7 @@ def write_report(
     Args:
         results_dir: folder with `<condition>/<seed>/run.json` and so on, as
             `experiments.train` writes them, or with control experiments, or
-            both. Runs may be unfinished.
+            with studies, or several of these. Runs may be unfinished.
         published_curves: CSV file of the article's own curves, with the
             columns condition, step and test_accuracy; without it the values
             of the article's table are drawn. Neither is for results on
@@ -44,12 +45,15 @@ def write_report(
     """
     results_dir = Path(results_dir)
     found = controls.read(results_dir)
+    studied = report_studies.read(results_dir)
     contents = None
-    if not found or any(results_dir.glob("*/*/run.json")):
+    if not (found or studied) or any(results_dir.glob("*/*/run.json")):
         contents = report_summaries.read_contents(
             results_dir, published_curves
         )
-    sections, figures = report_sections.page_sections(contents, found)
+    sections, figures = report_sections.page_sections(
+        contents, found, studied
+    )
     template = string.Template(_TEMPLATE.read_text(encoding="utf-8"))
     page = template.substitute(sections)
     path = results_dir / "report.html"

@@ -7,6 +7,7 @@ from experiments import article
 from experiments import comparison
 from experiments import controls
 from experiments import report_figures
+from experiments import report_plots
 from experiments.comparison import AtStep
 from experiments.report_html import items
 from experiments.report_html import paragraphs
@@ -241,7 +242,7 @@ def control_chapters(
         runs = [run for own in results.runs.values() for run in own]
         steps = runs[0].facts["steps"]
         name = f"control_{control.name}"
-        svg = report_figures.draw_dots(name, groups)
+        svg = report_plots.draw_dots(name, groups)
         files[name] = svg
         words = "; ".join(
             f"{label}: {np.mean(list(of_seeds.values())):.3f}"

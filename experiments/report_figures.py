@@ -27,7 +27,7 @@ _LEAST_SHARE_IN_VIEW = 0.9
 # colour-blind readers: blue, vermilion and green after Okabe and Ito.
 INK, GRID = "#24292f", "#d4d9df"
 SERIES = ("#0072b2", "#c1500a", "#00795a")
-_DASHES = ("-", (0, (6, 2)), (0, (2, 1.3)))
+DASHES = ("-", (0, (6, 2)), (0, (2, 1.3)))
 _VARIABLES = {
     INK: "var(--ink)",
     GRID: "var(--grid)",
@@ -121,7 +121,7 @@ def draw(
     """
     looks = [
         (summary, summary.curve(), color, dashes)
-        for summary, color, dashes in zip(summaries, SERIES, _DASHES)
+        for summary, color, dashes in zip(summaries, SERIES, DASHES)
         if summary is not None
     ]
     with matplotlib.rc_context(style(name)):
@@ -189,58 +189,7 @@ def draw(
             for summary, (steps, mean, spread), _, _ in looks
             for mark in _marks(summary, steps, mean, spread, limits)
         ]
-        return _svg(figure, axes, marks), _outside(looks, limits)
-
-
-def draw_dots(
-    name: str, groups: Sequence[tuple[str, dict[int, float]]]
-) -> str:
-    """Draws the accuracies of some groups of runs, a row for each group.
-
-    Args:
-        name: of the figure.
-        groups: what each is, and seed -> test accuracy.
-
-    Returns:
-        The SVG for a white background.
-    """
-    with matplotlib.rc_context(style(name)):
-        height = 0.9 + 0.24 * len(groups)
-        drawing = Figure(figsize=(6.4, height), layout="constrained")
-        drawing.patch.set_visible(False)
-        axes = drawing.add_subplot()
-        axes.patch.set_visible(False)
-        axes.grid(color=GRID, linewidth=0.6, axis="x")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        marks = []
-        for row, (words, of_seeds) in enumerate(groups):
-            values = list(of_seeds.values())
-            axes.plot(
-                values,
-                [row] * len(values),
-                color=SERIES[0],
-                linewidth=0,
-                marker="o",
-                markersize=4,
-                alpha=0.6,
-            )
-            mean = float(np.mean(values))
-            axes.plot(
-                [mean, mean],
-                [row - 0.3, row + 0.3],
-                color=SERIES[1],
-                linewidth=2,
-            )
-            marks += [
-                (value, row, f"{words}, seed {seed}: {value:.4f}")
-                for seed, value in of_seeds.items()
-            ]
-        axes.set_yticks(range(len(groups)), [words for words, _ in groups])
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(groups) - 0.5, -0.5)
-        axes.set_xlabel("test accuracy")
-        return _svg(drawing, axes, marks)
+        return to_svg(figure, axes, marks), _outside(looks, limits)
 
 
 def figure(svg: str, caption: str, description: str) -> str:
@@ -271,7 +220,7 @@ def _marks(summary, steps, mean, spread, limits):
             yield step, value, words
 
 
-def _svg(drawing, axes, marks):
+def to_svg(drawing, axes, marks):
     """The SVG of a figure, with what its points tell when hovered over."""
     buffer = io.StringIO()
     drawing.savefig(

@@ -26,8 +26,17 @@ def table(
     caption: str,
     headings: Sequence[str],
     rows: Iterable[Sequence[object]],
+    style: str = "",
 ) -> str:
-    """A table whose first column names its rows."""
+    """A table whose first column names its rows.
+
+    Args:
+        caption: above it.
+        headings: of the columns.
+        rows: what is in the cells.
+        style: a class of the page; "words" is for cells that are sentences.
+    """
+    style = f' class="{style}"' if style else ""
     head = "".join(f'<th scope="col">{escape(h)}</th>' for h in headings)
     body = "\n".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
@@ -38,7 +47,7 @@ def table(
     return (
         '<div class="wide" tabindex="0" role="region" '
         f'aria-label="{escape(caption.split(". ")[0])}">'
-        f"<table><caption>{escape(caption)}</caption>\n"
+        f"<table{style}><caption>{escape(caption)}</caption>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>"
         "</table></div>"
     )

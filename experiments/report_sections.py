@@ -8,6 +8,7 @@ from experiments import article
 from experiments import controls
 from experiments import report_comparison
 from experiments import report_figures
+from experiments import report_studies
 from experiments import report_summaries
 from experiments import result_files
 from experiments.report_html import escape
@@ -15,6 +16,7 @@ from experiments.report_html import paragraphs
 from experiments.report_html import section
 from experiments.report_html import table
 from experiments.report_summaries import Contents
+from experiments.studies import study
 
 # Settings in which a run can depart from the article, and the article's.
 _ARTICLE_SETTINGS = {
@@ -30,24 +32,35 @@ _MATCHING_STEPS = 0.05
 
 
 def page_sections(
-    contents: Contents | None, found: Sequence[controls.Results]
+    contents: Contents | None,
+    found: Sequence[controls.Results],
+    studied: Sequence[study.Results] = (),
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Writes out every section of the page.
 
     Args:
         contents: the runs of the article's experiment, if there are any.
         found: control experiments.
+        studied: studies.
 
     Returns:
         Placeholder of the template -> HTML, and name of a figure -> SVG for
         a file of its own.
     """
-    control_chapters, files = report_comparison.control_chapters(found)
+    summary = report_studies.summary(studied)
+    study_chapters, files = report_studies.chapters(studied)
+    control_chapters, drawn = report_comparison.control_chapters(found)
+    files |= drawn
     if contents is None:
-        title = "Batch normalization in the article's CNN: controls"
         runs = [run for x in found for own in x.runs.values() for run in own]
-        introduction = paragraphs([f"{len(runs)} runs of control experiments."])
-        chapters = [control_chapters, _settings_of(runs, {})]
+        title = "Batch normalization: what is claimed of it, measured"
+        said = f"{len(studied)} studies of small networks."
+        chapters = [summary, study_chapters]
+        if runs:
+            title = "Batch normalization in the article's CNN: controls"
+            said = f"{len(runs)} runs of control experiments."
+            chapters += [control_chapters, _settings_of(runs, {})]
+        introduction = paragraphs([said])
     else:
         title = f"Batch normalization in the article's CNN on {contents.data}"
         introduction = _introduction(contents)
@@ -56,6 +69,7 @@ def page_sections(
         files |= drawn
         on_data = f"on {contents.data}"
         chapters = [
+            summary,
             section(f"Final test accuracy {on_data}", _accuracies(contents)),
             section(
                 f"Test accuracy over training steps {on_data}",
@@ -64,6 +78,7 @@ def page_sections(
             ),
             report_comparison.chapters(contents),
             control_chapters,
+            study_chapters,
             section(f"Runs {on_data}", _runs(contents)),
             _settings_of(contents.runs, {"data": contents.data}),
             section("How to make this report again", _regenerate(contents)),

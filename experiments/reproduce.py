@@ -14,11 +14,9 @@ processes share the runs. The report is written at the end.
 """
 
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import tqdm
 from absl import flags
 
 from experiments import ExperimentError
@@ -27,12 +25,11 @@ from experiments import atomic
 from experiments import controls
 from experiments import data
 from experiments import launch
-from experiments import ray_grid
+from experiments import many_runs
 from experiments import report
 from experiments import report_summaries
 from experiments import require_backend
 from experiments import result_files
-from experiments import run_folder
 from experiments import run_settings
 from experiments import train
 from experiments.run_settings import Settings
@@ -56,8 +53,6 @@ PRESETS = {
         for name, control in controls.CONTROLS.items()
     },
 }
-
-_WAIT_SECONDS = 2.0
 
 
 def grid(conditions: Sequence[int], seeds: int, **settings) -> list[Settings]:
@@ -116,43 +111,11 @@ def run(
     result_files.check_addition(
         output, [train.describe(settings, dataset) for settings in runs]
     )
-    with tqdm.tqdm(
-        desc=f"all {len(runs)} runs",
-        total=sum(settings.steps for settings in runs),
-        unit=" steps",
-        disable=None,
-    ) as bar:
-        if ray:
-            final = ray_grid.train(runs, dataset, output, ray, bar.update)
-        else:
-            final = _train(runs, dataset, output, bar)
+    final = many_runs.train_all(runs, dataset, output, ray)
     accuracies = {}
     for settings in runs:
         accuracies.setdefault(settings.condition, []).append(final[settings])
     return accuracies
-
-
-def _train(runs, dataset, output, bar):
-    final = {}
-    while len(final) < len(runs):
-        done = len(final)
-        for settings in runs:
-            if settings in final:
-                continue
-            try:
-                metrics = train.run(settings, dataset, output, bar.update)
-            except run_folder.BusyError:
-                continue
-            final[settings] = metrics[-1]["test_accuracy"]
-        if len(final) == done:
-            _wait(len(runs) - done, bar)
-    return final
-
-
-def _wait(missing, bar):
-    """Waits for other processes: to finish runs, or to leave them behind."""
-    bar.set_description(f"{missing} runs are trained by other processes")
-    time.sleep(_WAIT_SECONDS)
 
 
 def table(

@@ -59,11 +59,15 @@ _AMOUNT = (
     lambda x: _is_number(x) and 0 <= x <= sys.float_info.max,
 )
 _MOST_STEPS = 2**63 - 1  # as NumPy counts
-_FACTS = {
+# What a run is of: a condition of the article, or an arm of a study.
+_OF_CONDITION = {
     "condition": (
         "one of the article's",
         lambda x: _is_whole(x) and x in range(len(article.CONDITIONS)),
     ),
+}
+_OF_STUDY = {"study": _TEXT, "arm": _TEXT}
+_FACTS = {
     "seed": _COUNT,
     "steps": (
         "a number of steps",
@@ -242,9 +246,19 @@ def read_facts(path: Path) -> dict:
         ExperimentError: it cannot be read, or is damaged.
     """
     facts = _parse(path, _read_text(path))
-    given = {x: _OPTIONAL_FACTS[x] for x in _OPTIONAL_FACTS if x in facts}
-    _check(path, facts, {**_FACTS, **given})
+    check_facts(path, facts)
     return facts
+
+
+def check_facts(where: object, facts: dict) -> None:
+    """Finds out whether a value may be the content of a run.json.
+
+    Raises:
+        ExperimentError: it may not.
+    """
+    given = {x: _OPTIONAL_FACTS[x] for x in _OPTIONAL_FACTS if x in facts}
+    whose = _OF_STUDY if "study" in facts else _OF_CONDITION
+    _check(where, facts, {**whose, **_FACTS, **given})
 
 
 def read_metrics(

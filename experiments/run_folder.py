@@ -265,6 +265,10 @@ class RunFolder:
                 "the run anew"
             ) from error
 
+    def discard_weights(self) -> None:
+        """Deletes the trained weights: what the run was for is kept."""
+        self._weights.unlink(missing_ok=True)
+
     def tidy(self) -> None:
         """Deletes what a finished run needs no more, where that is allowed."""
         with contextlib.suppress(OSError):

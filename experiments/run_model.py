@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from experiments import article
-from experiments import models
-from experiments.run_settings import Settings
+from experiments.run_settings import RunSettings
 
 if TYPE_CHECKING:
     import keras
 
 
-def make_optimizer(settings: Settings) -> keras.optimizers.Optimizer:
+def make_optimizer(settings: RunSettings) -> keras.optimizers.Optimizer:
     """Returns the optimizer of a run; Adam has TensorFlow 1's epsilon."""
     import keras
 
@@ -24,7 +23,7 @@ def make_optimizer(settings: Settings) -> keras.optimizers.Optimizer:
     return keras.optimizers.RMSprop(rate)
 
 
-def build(settings: Settings) -> keras.Model:
+def build(settings: RunSettings) -> keras.Model:
     """Returns the compiled model of a run, at its initial weights."""
     import keras
 
@@ -37,12 +36,6 @@ def build(settings: Settings) -> keras.Model:
     return model
 
 
-def network(settings: Settings) -> keras.Model:
+def network(settings: RunSettings) -> keras.Model:
     """Returns the network of a run, not compiled, at its initial weights."""
-    return models.build(
-        article.condition(settings.condition),
-        layer=settings.layer,
-        seed=settings.seed,
-        synchronized=settings.synchronized,
-        placement=settings.placement,
-    )
+    return settings.network()

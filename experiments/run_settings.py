@@ -1,8 +1,11 @@
 """What a run is asked to do, and the flags that say it."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -10,6 +13,11 @@ from experiments import ExperimentError
 from experiments import article
 from experiments import data
 from experiments import models
+
+if TYPE_CHECKING:
+    import keras
+
+    from experiments.run_folder import RunFolder
 
 OPTIMIZERS = ("adam", "sgd", "rmsprop")
 # How a run is spread, and the backend that does it; None: any.
@@ -22,12 +30,11 @@ DISTRIBUTIONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a run is asked to do: the article's settings, but fewer steps.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What any run is asked to do, whatever network it trains.
 
     Attributes:
-        condition: the article's number, 0 to 11.
         seed: of the initial kernels, dropout and shuffling.
         steps: training steps.
         eval_every: training steps between evaluations; the last step always
@@ -37,17 +44,11 @@ class Settings:
         learning_rate: constant over the run.
         input: "raw" or "standardized", see `data.inputs`.
         shuffle: whether each epoch has an order of its own.
-        layer: "keras_bn" or "keras", see `models.build`.
-        placement: "after", "before" or "input", see `models.build`.
-        distribution: one of `DISTRIBUTIONS`, see `experiments.distribution`.
-        synchronized: whether batch normalization takes the moments of the
-            batch over all replicas.
 
     Raises:
         ExperimentError: a value is out of its range.
     """
 
-    condition: int
     seed: int = 0
     steps: int = 600
     eval_every: int = 100
@@ -56,13 +57,8 @@ class Settings:
     learning_rate: float = article.LEARNING_RATE
     input: str = "raw"
     shuffle: bool = False
-    layer: str = "keras_bn"
-    placement: str = "after"
-    distribution: str = "none"
-    synchronized: bool = False
 
     def __post_init__(self):
-        article.condition(self.condition)
         for name, least in (
             ("seed", 0),
             ("steps", 1),
@@ -79,22 +75,125 @@ class Settings:
                 "learning_rate is a positive number. "
                 f"Received: learning_rate={self.learning_rate}"
             )
-        for name, choices in (
-            ("optimizer", OPTIMIZERS),
-            ("input", data.INPUTS),
-            ("layer", models.LAYERS),
-            ("placement", models.PLACEMENTS),
-            ("distribution", DISTRIBUTIONS),
-        ):
-            if getattr(self, name) not in choices:
+        self._require_choices(optimizer=OPTIMIZERS, input=data.INPUTS)
+
+    def _require_choices(self, **choices):
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
                 raise ExperimentError(
-                    f"{name} is one of {', '.join(choices)}. "
+                    f"{name} is one of {', '.join(allowed)}. "
                     f"Received: {name}={getattr(self, name)!r}"
                 )
 
+    @property
+    def name(self) -> str:
+        """What the run is called where it is talked about."""
+        raise NotImplementedError
+
     def folder(self, output: Path | str) -> Path:
         """Returns the run's own folder below that of all results."""
+        raise NotImplementedError
+
+    def network(self) -> keras.Model:
+        """Returns the network, not compiled, at its initial weights."""
+        raise NotImplementedError
+
+    def facts(self) -> dict:
+        """Returns what run.json says beside the attributes."""
+        return {}
+
+    def images(self, dataset: data.Dataset) -> data.Dataset:
+        """Returns what of a data set the run trains and is tested on."""
+        return dataset
+
+    def begin(self, model: keras.Model, dataset: data.Dataset) -> None:
+        """Gives a compiled model other weights to begin with.
+
+        Args:
+            model: of `network`.
+            dataset: all of it, of which `images` chooses.
+        """
+
+    def observe(
+        self, model: keras.Model, dataset: data.Dataset
+    ) -> dict[str, float]:
+        """Returns what a line of metrics.jsonl says beside the usual.
+
+        Args:
+            model: compiled, as it is at that step.
+            dataset: what `images` returned.
+        """
+        return {}
+
+    def conclude(self, dataset: data.Dataset, folder: RunFolder) -> None:
+        """Writes what is made of a finished run, if it is not there yet.
+
+        Args:
+            dataset: all of it, of which `images` chooses.
+            folder: the run's.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(RunSettings):
+    """What a run of the article's experiment is asked to do.
+
+    The defaults are the article's settings, but fewer steps.
+
+    Attributes:
+        condition: the article's number, 0 to 11.
+        layer: "keras_bn" or "keras", see `models.build`.
+        placement: "after", "before" or "input", see `models.build`.
+        distribution: one of `DISTRIBUTIONS`, see `experiments.distribution`.
+        synchronized: whether batch normalization takes the moments of the
+            batch over all replicas.
+
+    Raises:
+        ExperimentError: a value is out of its range.
+    """
+
+    condition: int
+    layer: str = "keras_bn"
+    placement: str = "after"
+    distribution: str = "none"
+    synchronized: bool = False
+
+    def __post_init__(self):
+        article.condition(self.condition)
+        super().__post_init__()
+        self._require_choices(
+            layer=models.LAYERS,
+            placement=models.PLACEMENTS,
+            distribution=DISTRIBUTIONS,
+        )
+
+    @property
+    def name(self):
+        return f"condition {self.condition}, seed {self.seed}"
+
+    def folder(self, output):
         return Path(output) / str(self.condition) / str(self.seed)
+
+    def network(self):
+        return models.build(
+            article.condition(self.condition),
+            layer=self.layer,
+            seed=self.seed,
+            synchronized=self.synchronized,
+            placement=self.placement,
+        )
+
+    def facts(self):
+        condition = article.condition(self.condition)
+        return {
+            "batch_norm": condition.batch_norm,
+            "dropout": condition.dropout,
+        }
+
+    def conclude(self, dataset, folder):
+        from experiments import recalibrated
+
+        recalibrated.write(self, dataset, folder)
 
 
 def define_flags() -> None:

@@ -24,13 +24,11 @@ import numpy as np
 from absl import flags
 
 from experiments import ExperimentError
-from experiments import article
 from experiments import atomic
 from experiments import data
 from experiments import distribution
 from experiments import gpu_check
 from experiments import launch
-from experiments import recalibrated
 from experiments import require_backend
 from experiments import result_files
 from experiments import run_folder
@@ -38,10 +36,11 @@ from experiments import run_model
 from experiments import run_settings
 from experiments import training
 from experiments.distribution.workers import Workers
+from experiments.run_settings import RunSettings
 from experiments.run_settings import Settings
 
 
-def check_output(settings: Settings, output: Path | str) -> None:
+def check_output(settings: RunSettings, output: Path | str) -> None:
     """Finds out, before anything is loaded, whether a run can be written.
 
     A finished run is only read.
@@ -59,13 +58,13 @@ def check_output(settings: Settings, output: Path | str) -> None:
 
 
 def run(
-    settings: Settings,
+    settings: RunSettings,
     dataset: data.Dataset,
     output: Path | str,
     on_steps: Callable[[int], None] = lambda steps: None,
     workers: Workers | None = None,
 ) -> list[dict]:
-    """Trains one condition, or what is left of it to do.
+    """Trains one run, or what is left of it to do.
 
     Args:
         settings: what to do.
@@ -112,7 +111,7 @@ def run(
             ) from error
     if folder and workers.processes == 1:
         # The others would wait for it.
-        recalibrated.write(settings, dataset, folder)
+        settings.conclude(dataset, folder)
     return folder.metrics() if folder else []
 
 
@@ -125,7 +124,7 @@ def _train(settings, dataset, folder, on_steps, workers):
 
 
 def open_folder(
-    settings: Settings,
+    settings: RunSettings,
     dataset: data.Dataset,
     output: Path | str,
     replicas: int = 1,
@@ -141,12 +140,11 @@ def open_folder(
 
 
 def describe(
-    settings: Settings, dataset: data.Dataset, replicas: int = 1
+    settings: RunSettings, dataset: data.Dataset, replicas: int = 1
 ) -> dict:
     """Returns the content of run.json: everything that made the run."""
     import keras
 
-    condition = article.condition(settings.condition)
     optimizer = run_model.make_optimizer(settings)
     backend = keras.backend.backend()
     # Every backend's tensors know their device; TensorFlow's name is a path.
@@ -154,8 +152,7 @@ def describe(
     return {
         **dataclasses.asdict(settings),
         "replicas": replicas,
-        "batch_norm": condition.batch_norm,
-        "dropout": condition.dropout,
+        **settings.facts(),
         "optimizer_epsilon": getattr(optimizer, "epsilon", None),
         "dataset": dataset.name,
         "dataset_version": dataset.version,

@@ -19,7 +19,7 @@ from experiments import run_folder
 from experiments import run_model
 from experiments.checkpoint import Position
 from experiments.distribution.workers import Workers
-from experiments.run_settings import Settings
+from experiments.run_settings import RunSettings
 
 
 class Training:
@@ -36,18 +36,19 @@ class Training:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: RunSettings,
         dataset: data.Dataset,
         folder: run_folder.RunFolder | None,
         on_steps: Callable[[int], None],
         workers: Workers,
     ):
         self._settings = settings
-        self._dataset = dataset
+        self._all_images = dataset
+        self._dataset = settings.images(dataset)
         self._folder = folder
         self._on_steps = on_steps
         self._workers = workers
-        self._name = f"condition {settings.condition}, seed {settings.seed}"
+        self._name = settings.name
 
     def run(self) -> None:
         """Trains, and writes what `run_folder` says.
@@ -77,6 +78,8 @@ class Training:
                 position, step=int(step), recorded=int(recorded)
             )
         )
+        if not self._step:
+            settings.begin(self._model, self._all_images)
         workers.start(self._model, lambda: run_model.build(settings))
         self._on_steps(self._step)
         self._bar = tqdm.tqdm(
@@ -155,6 +158,7 @@ class Training:
             "train_accuracy": train.values()["accuracy"],
             "test_loss": test["loss"],
             "test_accuracy": test["accuracy"],
+            **self._settings.observe(self._model, self._dataset),
         }
         timing = {
             "step": self._step,

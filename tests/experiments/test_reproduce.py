@@ -13,6 +13,7 @@ import pytest
 from experiments import ExperimentError
 from experiments import article
 from experiments import data
+from experiments import many_runs
 from experiments import reproduce
 from experiments import run_folder
 from experiments import train
@@ -131,7 +132,7 @@ def test_what_others_train_is_waited_for(few, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "run", run)
     waited = []
-    monkeypatch.setattr(reproduce.time, "sleep", waited.append)
+    monkeypatch.setattr(many_runs.time, "sleep", waited.append)
     found = reproduce.run(runs, few, tmp_path)
     assert found == {0: [0.0, 1.0], 9: [0.9, 1.9]}
     assert asked == [0, 1, 2, 3, 0, 2, 0, 0]

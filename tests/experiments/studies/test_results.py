@@ -1,0 +1,140 @@
+"""What was measured, and what is said of it, from the files in this clone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import report_studies
+from experiments import studies
+from experiments.studies import records
+from experiments.studies import verdict
+from experiments.studies.study import KERAS
+
+_ROOT = Path(__file__).parents[3]
+_FOUND = {x.study.name: x for x in report_studies.read(_ROOT / "results")}
+
+
+def _raw(name):
+    """(arm, seed) -> the line's lists, by nothing but JSON."""
+    path = _ROOT / "results/studies" / name / records.FILE
+    lines = map(json.loads, path.read_text().splitlines())
+    return {(x["facts"]["arm"], x["facts"]["seed"]): x for x in lines}
+
+
+@pytest.mark.parametrize("name", list(_FOUND))
+def test_verdicts_are_made_of_the_files(name):
+    """Each answer anew, by SciPy, from the study's quantities."""
+    results, raw = _FOUND[name], _raw(name)
+    outcomes = set()
+    for answer in results.answers:
+        question = answer.question
+        terms = (*question.ours, *question.others)
+        of_seeds = results.quantities
+        if not all(term in of_seeds for term in terms):
+            assert answer.outcome == verdict.NOT_ASSESSED
+            continue
+        seeds = set.intersection(*(set(of_seeds[x]) for x in terms))
+        differences = [
+            question.factor
+            * (
+                sum(_value(raw, of_seeds, x, seed) for x in question.ours)
+                - sum(_value(raw, of_seeds, x, seed) for x in question.others)
+            )
+            for seed in sorted(seeds)
+        ]
+        right = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+        assert answer.difference.low == pytest.approx(right.low, abs=1e-9)
+        if answer.outcome == verdict.NOT_ASSESSED:
+            continue
+        outcomes.add(answer.outcome)
+        least = question.minimum
+        holds = right.low > min(0, least) and np.mean(differences) >= least
+        if question.same:
+            holds = -least < right.low and right.high < least
+        assert (answer.outcome == verdict.SUPPORTED) == holds
+        for arm in question.reference:
+            assert _flat(raw, arm)
+    if len(outcomes) == 1:
+        assert results.verdict in outcomes
+    else:
+        begun = results.verdict.split(" on ")[0]
+        assert begun == ("depends" if outcomes else verdict.NOT_ASSESSED)
+
+
+def _value(raw, quantities, name, seed):
+    """A quantity; where it is an arm's accuracy, from the file alone."""
+    line = raw.get((name, seed))
+    if line is None or "test_accuracy" not in line["lines"]:
+        return quantities[name][seed]
+    values = line["lines"]["test_accuracy"]
+    right = np.mean(values[-round(len(values) / 4) :])
+    assert quantities[name][seed] == pytest.approx(right)
+    return right
+
+
+def _flat(raw, arm):
+    losses = [
+        [np.nan if x is None else x for x in line["lines"]["test_loss"]]
+        for (name, _), line in raw.items()
+        if name == arm
+    ]
+    loss = np.mean(losses, axis=0)
+    quarter = round(len(loss) / 4)
+    last = np.mean(loss[-quarter:])
+    before = np.mean(loss[-2 * quarter : -quarter])
+    return not before - last > max(0.05 * (loss[0] - last), 0.01)
+
+
+@pytest.mark.parametrize("name", list(_FOUND))
+def test_a_wrong_sign_in_these_files_turns_the_answers(name, tmp_path):
+    """What a question adds, and what it takes away, change names."""
+    results, raw = _FOUND[name], _raw(name)
+    study, arms = results.study, {arm for arm, _ in raw}
+    for number, answer in enumerate(results.answers):
+        question = answer.question
+        swapped = dict(zip(question.ours, question.others))
+        swapped |= dict(zip(question.others, question.ours))
+        if answer.outcome != verdict.SUPPORTED or not set(swapped) <= arms:
+            continue
+        lines = []
+        for (arm, _), line in raw.items():
+            facts = {**line["facts"], "arm": swapped.get(arm, arm)}
+            # The losses stay: what they are of has flattened, or not.
+            other = raw[facts["arm"], facts["seed"]]["lines"]["test_loss"]
+            columns = {**line["lines"], "test_loss": other}
+            lines.append(json.dumps({**line, "facts": facts, "lines": columns}))
+        folder = study.folder(tmp_path / str(number))
+        folder.mkdir(parents=True)
+        (folder / records.FILE).write_text("\n".join(lines))
+        turned = study.read(tmp_path / str(number)).answers[number]
+        assert turned.difference.mean == pytest.approx(-answer.difference.mean)
+        if question.minimum > 0 and not question.same:
+            assert turned.outcome == verdict.NOT_SUPPORTED
+
+
+@pytest.mark.parametrize("name", list(_FOUND))
+def test_what_was_measured_is_the_real_setting(name):
+    results = _FOUND[name]
+    study = results.study
+    wanted = {x.arm: x for x in study.settings(False, "keras_bn")}
+    for arm, own in results.runs.items():
+        for record in own.values():
+            for fact in ("steps", "learning_rate", "train_images"):
+                asked = getattr(wanted[arm.removesuffix(KERAS)], fact)
+                assert record.facts[fact] == asked
+    path = study.folder(_ROOT / "results") / records.FILE
+    assert path.stat().st_size < 500_000
+
+
+def test_the_readme_has_the_table():
+    readme = (_ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [
+        line
+        for line in readme.splitlines()
+        if line.startswith("| `") and line.split("`")[1] in studies.NAMES
+    ]
+    expected = report_studies.markdown_rows(list(_FOUND.values()))
+    assert rows == expected
