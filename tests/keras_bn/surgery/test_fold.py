@@ -500,17 +500,21 @@ def _check_application(name, dtype):
     assert (len(hows) == FOLDED_BEFORE[name]) == (name != "DenseNet121")
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetB0"])
-def test_applications(name):
-    _check_application(name, "float32")
+# Without a graph of the framework's each of their operations takes its time.
+_QUICK = ["MobileNetV2", "EfficientNetB0"] if frameworks.IS_TENSORFLOW else []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", ["float32", "float64"] if frameworks.IS_TENSORFLOW else ["float32"]
 )
-@pytest.mark.parametrize("name", FOLDED_BEFORE)
-def test_all_applications(name, dtype):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow)
+        for name in FOLDED_BEFORE
+    ],
+)
+def test_applications(name, dtype):
     _check_application(name, dtype)
 
 
