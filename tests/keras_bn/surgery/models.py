@@ -63,8 +63,8 @@ def application(name, seed=0):
     # EfficientNet scales its inputs itself.
     largest = 255.0 if name.startswith("Efficient") else 1.0
     # With the statistics of six, InceptionV3 in float32 is 2e-3 of the logits'
-    # deviation away from itself in float64.
-    count = 24 if name == "InceptionV3" else 6
+    # deviation away from itself in float64, with those of 24 still 6e-4.
+    count = 48 if name == "InceptionV3" else 6
     images = generator.uniform(0.0, largest, (count, size, size, 3))
     images = images.astype("float32")
     model(images, training=True)
