@@ -39,11 +39,11 @@ class ShiftingNoise(keras.layers.Layer):
             )
 
         mean = uniform(of_channels, -self.MEAN, self.MEAN)
-        mean += uniform(of_samples, -self.SPREAD, self.SPREAD)
+        # Not in place: the shapes differ.
+        mean = mean + uniform(of_samples, -self.SPREAD, self.SPREAD)
         deviation = uniform(of_channels, 1.0, self.DEVIATION)
-        deviation += self.SPREAD * keras.random.normal(
-            of_samples, seed=self._generator
-        )
+        spread = keras.random.normal(of_samples, seed=self._generator)
+        deviation = deviation + self.SPREAD * spread
         return inputs * deviation + mean
 
 

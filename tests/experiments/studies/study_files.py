@@ -48,11 +48,13 @@ def write(study, output, value, layer="keras_bn", **facts):
         # A loss that falls and then stays.
         loss = np.where(np.arange(16) < 4, 2.0, 1.2)
         constant = np.full(16, one)
+        # What came before the last quarter counts for nothing.
+        accuracy = np.where(np.arange(16) < 12, 0.1, one)
         columns = {
             "step": steps,
             "train_loss": loss,
             "test_loss": loss,
-            "test_accuracy": constant,
+            "test_accuracy": accuracy,
             "train_seconds": np.ones(16),
             "images_per_second": np.full(16, 1000.0),
             "shift_last": constant,
