@@ -22,6 +22,7 @@ def batch_normalizations(caller, model):
     """
     if not isinstance(model, keras.layers.Layer):
         kind = f"{type(model).__module__}.{type(model).__name__}"
+        kind = kind.removeprefix("builtins.")
         advice = ""
         if kind.startswith("tf_keras"):
             advice = " `keras_bn.convert` makes one of it."
