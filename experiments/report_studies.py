@@ -10,6 +10,7 @@ from experiments.report_html import paragraphs
 from experiments.report_html import section
 from experiments.report_html import table
 from experiments.studies.study import Results
+from experiments.studies.verdict import NOT_ASSESSED
 from experiments.studies.verdict import NOT_SUPPORTED
 
 HEADINGS = ("study", "claim", "verdict", "effect")
@@ -72,9 +73,9 @@ def chapters(found: Sequence[Results]) -> tuple[str, dict[str, str]]:
 
 
 def _main(results):
-    """The effect of the first answer that has the verdict's outcome."""
+    """The effect of the first answer that is assessed, if one is."""
     answers = results.answers
-    assessed = [x for x in answers if x.outcome in results.verdict]
+    assessed = [x for x in answers if x.outcome != NOT_ASSESSED]
     one = (assessed or answers)[0]
     return f"{one.question.words}: {one.effect}"
 

@@ -215,8 +215,12 @@ def overall(answers: Sequence[Answer], axis: str) -> str:
         fails = [
             x.question.when for x in assessed if x.outcome == NOT_SUPPORTED
         ]
-        return (
+        said = (
             f"{DEPENDS} {axis}: holds {'; '.join(holds)}, but not "
             f"{'; '.join(fails)}"
         )
-    return outcomes.pop()
+    else:
+        said = outcomes.pop()
+    if len(assessed) < len(answers):
+        said += f" ({len(assessed)} of {len(answers)} questions assessed)"
+    return said

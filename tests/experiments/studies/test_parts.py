@@ -109,7 +109,7 @@ def test_the_noise_moves_each_channel_anew():
         assert (np.abs(outputs.mean(axes)) < 0.65).all()
         assert (outputs.std(axes) > 0.9).all()
         assert (outputs.std(axes) < 1.45).all()
-    assert (np.abs(first.mean(axes) - second.mean(axes)) > 0.01).all()
+    assert np.abs(first.mean(axes) - second.mean(axes)).max() > 0.05
 
 
 @pytest.mark.parametrize("normalization", ["batch_recurrent", "layer"])

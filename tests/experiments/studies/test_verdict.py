@@ -130,9 +130,12 @@ def test_the_verdict_on_a_claim():
     good, bad = _answer(5.0, when="here"), _answer(-5.0, when="there")
     unknown = _answer(5.0, unfit="measured on digits")
     assert verdict.overall([good, good], "it") == "supported"
-    assert verdict.overall([bad, unknown], "it") == "not supported"
+    assert (
+        verdict.overall([bad, unknown], "it")
+        == "not supported (1 of 2 questions assessed)"
+    )
     assert verdict.overall([unknown], "it") == "not assessed"
     assert (
-        verdict.overall([good, bad, unknown], "the place")
+        verdict.overall([good, bad], "the place")
         == "depends on the place: holds here, but not there"
     )
