@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from pathlib import Path
@@ -31,7 +32,7 @@ DISTRIBUTIONS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunSettings(abc.ABC):
     """What any run is asked to do, whatever network it trains.
 
     Attributes:
@@ -86,17 +87,17 @@ class RunSettings:
                 )
 
     @property
+    @abc.abstractmethod
     def name(self) -> str:
         """What the run is called where it is talked about."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def folder(self, output: Path | str) -> Path:
         """Returns the run's own folder below that of all results."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def network(self) -> keras.Model:
         """Returns the network, not compiled, at its initial weights."""
-        raise NotImplementedError
 
     def facts(self) -> dict:
         """Returns what run.json says beside the attributes."""
