@@ -130,6 +130,28 @@ def train(cases, replicas, folder, processes=1):
     if BACKEND == "torch":
         processes = replicas
     (folder / "cases").write_bytes(pickle.dumps((cases, replicas, processes)))
+    run([__name__, str(folder)], processes, replicas)
+    results = [
+        pickle.loads((folder / f"result-{rank}").read_bytes())
+        for rank in range(processes)
+    ]
+    return [
+        (whole, sum((of_rank[i][1] for of_rank in results), []))
+        for i, (whole, _) in enumerate(results[0])
+    ]
+
+
+def run(program, processes, replicas):
+    """Runs a program in processes that train together.
+
+    Args:
+        program: a module and its arguments; the rank comes after them. The
+            address at which processes meet is $COORDINATOR, on TensorFlow
+            they have $TF_CONFIG.
+        processes: how many.
+        replicas: how many in all of them; where there are several processes,
+            each has one.
+    """
     ports = [_free_port() for _ in range(processes)]
     running = []
     for rank in range(processes):
@@ -147,10 +169,9 @@ def train(cases, replicas, folder, processes=1):
                     "task": {"type": "worker", "index": rank},
                 }
             )
-        command = [sys.executable, "-m", __name__, str(folder), str(rank)]
         running.append(
             subprocess.Popen(
-                command,
+                [sys.executable, "-m", *program, str(rank)],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -165,14 +186,6 @@ def train(cases, replicas, folder, processes=1):
             process.kill()
     failed = [s for s, p in zip(said, running) if p.returncode]
     assert not failed, failed[0]
-    results = [
-        pickle.loads((folder / f"result-{rank}").read_bytes())
-        for rank in range(processes)
-    ]
-    return [
-        (whole, sum((of_rank[i][1] for of_rank in results), []))
-        for i, (whole, _) in enumerate(results[0])
-    ]
 
 
 def count_collectives(compiled):
