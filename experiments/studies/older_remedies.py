@@ -73,7 +73,7 @@ class OlderRemedies(Study):
         "A penalty whose weight falls while training, or moments over more "
         "than one batch between steps."
     )
-    real = dataclasses.replace(REAL, seeds=5)
+    real = dataclasses.replace(REAL, seeds=10)
     quick = dataclasses.replace(QUICK, arms=("batch", "penalty_0.1", "between"))
 
     def caption(self, results):

@@ -90,7 +90,8 @@ class Transfer(Study):
     )
     real = dataclasses.replace(
         REAL,
-        seeds=5,
+        # 200 images: the choice of them alone moves the accuracy by 2 points.
+        seeds=20,
         steps=400,
         eval_every=25,
         train_images=_IMAGES,

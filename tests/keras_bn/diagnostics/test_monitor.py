@@ -6,6 +6,7 @@ moments of the batches that the layer was given.
 
 import contextlib
 import sys
+import time
 import warnings
 
 import keras
@@ -17,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import (
 from tensorboard.util import tensor_util
 
 import keras_bn
+from experiments import article
+from experiments import models
 from tests.keras_bn import frameworks
 from tests.keras_bn.diagnostics.stale_models import KERAS
 from tests.keras_bn.diagnostics.stale_models import OURS
@@ -292,3 +295,48 @@ def test_without_tensorboard(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match="pip install tensorboard"):
         _monitor(log_dir=str(tmp_path))
     _monitor()
+
+
+@pytest.mark.slow
+def test_cost(tmp_path, monkeypatch):
+    """Less than 2% of a step of condition 9, by CPU time.
+
+    What its methods take is counted, and not what `fit` takes with it and
+    without: two fits differ by more than that.
+    """
+    model = models.build(article.condition(9))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss)
+    monitor = keras_bn.StatisticsMonitor(log_dir=str(tmp_path))
+    spent = []
+
+    def timed(method):
+        def call(*args, **kwargs):
+            # Of this thread alone: on JAX the others are still in a step.
+            began = time.thread_time()
+            method(*args, **kwargs)
+            spent.append(time.thread_time() - began)
+
+        return call
+
+    for name in (
+        "on_epoch_begin",
+        "on_train_batch_begin",
+        "on_epoch_end",
+    ):
+        monkeypatch.setattr(monitor, name, timed(getattr(monitor, name)))
+    rng = np.random.default_rng(0)
+    steps, size = 100, article.BATCH_SIZE
+    images = rng.standard_normal((steps * size, 32, 32, 3), "float32")
+    labels = rng.integers(0, 10, steps * size)
+    few = slice(4 * size)
+    settings = {"batch_size": size, "callbacks": [monitor], "verbose": 0}
+    # The first two epochs compile, and import what writes curves.
+    model.fit(images[few], labels[few], epochs=2, **settings)
+    spent.clear()
+    began = time.process_time()
+    model.fit(images, labels, **settings)
+    step = (time.process_time() - began) / steps
+    share = sum(spent) / steps / step
+    print(f"\n{100 * share:.2f}% of a step of {1e3 * step:.0f} ms of CPU")
+    assert share < 0.02
