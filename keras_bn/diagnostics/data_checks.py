@@ -100,6 +100,13 @@ def look_at(model, layers, batches, labels_are_given, verbose):
         for layer, distance in zip(layers, in_inference)
         if uses_statistics(layer) and _is_off(distance)
     ]
+    # In inference a deep layer is given the sum of what all before it are off
+    # by. Outputs that differ by that alone tell nothing; a score lost does.
+    one_is_off_itself = any(
+        _is_off(distance)
+        for layer, distance in zip(layers, in_training)
+        if layer in off
+    )
     scores = _scores(comparison)
     return OnData(
         [
@@ -110,7 +117,14 @@ def look_at(model, layers, batches, labels_are_given, verbose):
         gap.value,
         scores,
         samples,
-        _better(model, layers, off, gap.value, scores, inputs),
+        _better(
+            model,
+            layers,
+            off,
+            gap.value if one_is_off_itself else 0.0,
+            scores,
+            inputs,
+        ),
         all(is_frozen(x) for x in off),
     )
 

@@ -189,6 +189,33 @@ def test_sorted_data_accuses_nobody():
     assert report.scores.with_batch > report.scores.in_inference - 0.1
 
 
+@pytest.mark.parametrize("off_by", [0.4, 0.6])
+def test_many_layers_that_are_off_by_a_little(off_by):
+    """Outputs of inference shrink from layer to layer; labels tell the loss."""
+    model = keras.Sequential([keras.Input((3,))])
+    for number in range(8):
+        model.add(OURS(name=f"layer_{number}", epsilon=0.0))
+    model.add(keras.layers.Dense(2, use_bias=True))
+    values = np.random.default_rng(0).standard_normal((512, 3), "float32")
+    for layer in model.layers[:8]:
+        # Moved, so that they are no initial values.
+        layer.gamma.assign([1.001] * 3)
+    keras_bn.recalibrate(model, values, batch_size=512, verbose=0)
+    for layer in model.layers[:8]:
+        layer.moving_variance.assign(layer.moving_variance * np.exp(off_by))
+    kernel, bias = [[1.0, -1.0]] + [[0.0, 0.0]] * 2, [-0.5, 0.5]
+    model.layers[-1].set_weights([np.array(kernel), np.array(bias)])
+    report = _audited(model, values, batch_size=512)
+    assert report.output_gap > 0.8
+    assert max(x.variance_log_ratio for x in report.layers) == pytest.approx(
+        off_by, rel=1e-2
+    )
+    assert report.ok is (off_by < 0.5)
+    labels = frameworks.array(model(values, training=True)).argmax(-1)
+    report = _audited(model, values, labels, batch_size=512)
+    assert _remedies(report) == {RECALIBRATE}
+
+
 def iter_of(pairs):
     yield from pairs
 
