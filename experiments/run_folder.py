@@ -272,12 +272,8 @@ class RunFolder:
     def tidy(self) -> None:
         """Deletes what a finished run needs no more, where that is allowed."""
         with contextlib.suppress(OSError):
-            for path in (
-                checkpoint.previous(self._checkpoint),
-                self._checkpoint,
-                self._lock,
-            ):
-                path.unlink(missing_ok=True)
+            checkpoint.previous(self._checkpoint).unlink(missing_ok=True)
+            self._checkpoint.unlink(missing_ok=True)
 
     def _lines_to_disk(self):
         # A checkpoint must not outlive the lines that were before it.

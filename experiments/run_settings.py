@@ -126,6 +126,14 @@ class RunSettings(abc.ABC):
         """
         return {}
 
+    def trained(self, folder: RunFolder) -> bool:
+        """Whether there is nothing left to train.
+
+        Args:
+            folder: the run's.
+        """
+        return folder.finished
+
     def conclude(self, dataset: data.Dataset, folder: RunFolder) -> None:
         """Writes what is made of a finished run, if it is not there yet.
 

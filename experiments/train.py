@@ -92,7 +92,8 @@ def run(
     folder = None
     if workers.chief:
         folder = open_folder(settings, dataset, output, workers.replicas)
-    if workers.from_chief(np.array(int(bool(folder and folder.finished)))):
+    trained = bool(folder and settings.trained(folder))
+    if workers.from_chief(np.array(int(trained))):
         if folder:
             folder.tidy()
         on_steps(settings.steps)
@@ -117,7 +118,7 @@ def run(
 
 def _train(settings, dataset, folder, on_steps, workers):
     # Another process may have finished it before this one had the lock.
-    if folder and folder.finished:
+    if folder and settings.trained(folder):
         on_steps(settings.steps)
         return
     training.Training(settings, dataset, folder, on_steps, workers).run()

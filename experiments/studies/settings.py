@@ -50,15 +50,26 @@ class StudySettings(RunSettings):
     def observe(self, model, dataset):
         return studies.find(self.study).observe(self, model, dataset)
 
+    def trained(self, folder):
+        return folder.finished or self._is_recorded(folder)
+
     def conclude(self, dataset, folder):
         """Adds the run to the study's records; its weights go then."""
-        trained, model = self.network(), run_model.build(self)
-        folder.load_weights(trained)
-        model.set_weights(trained.get_weights())
-        study = studies.find(self.study)
-        measures = study.measure(self, model, self.images(dataset))
-        records.add(folder.path.parents[1], folder, measures)
-        folder.discard_weights()
+        # Another process may see that it is trained, and do the same.
+        with folder.locked():
+            if self._is_recorded(folder):
+                return
+            trained, model = self.network(), run_model.build(self)
+            folder.load_weights(trained)
+            model.set_weights(trained.get_weights())
+            study = studies.find(self.study)
+            measures = study.measure(self, model, self.images(dataset))
+            records.add(folder.path.parents[1], folder, measures)
+            folder.discard_weights()
+
+    def _is_recorded(self, folder):
+        found = records.read(folder.path.parents[1])
+        return self.seed in found.get(self.arm, {})
 
 
 def shrink(dataset: data.Dataset) -> data.Dataset:

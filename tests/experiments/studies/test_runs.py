@@ -100,6 +100,24 @@ def test_finished_runs_are_not_trained_again(digits, tmp_path, monkeypatch):
         study.run(digits, tmp_path, quick=True)
 
 
+def test_runs_that_another_process_trained(digits, tmp_path, monkeypatch):
+    """It looked at the records before those runs were added to them."""
+    study = _small(studies.find("convergence"), monkeypatch)
+    runs = study.settings(quick=True, layer="keras_bn")
+    folder = study.folder(tmp_path)
+    study.train(runs, digits, folder)
+    before = _lines(study, tmp_path)
+    assert len(before) == len(runs)
+    monkeypatch.setattr(train.training, "Training", None)
+    study.train(runs, digits, folder)
+    for settings in runs:
+        own = train.open_folder(settings, digits, folder)
+        # As one that waited for the other's lock.
+        train._train(settings, digits, own, lambda steps: None, None)
+        settings.conclude(digits, own)
+    assert _lines(study, tmp_path) == before
+
+
 def test_a_record_holds_what_the_folder_does(digits, tmp_path, monkeypatch):
     study = _small(studies.find("convergence"), monkeypatch, arms=("none",))
     study.run(digits, tmp_path, quick=True)
