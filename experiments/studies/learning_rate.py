@@ -147,7 +147,8 @@ class LearningRate(Study):
             "Test accuracy, the mean of the last quarter of the evaluations; "
             "bands are a standard deviation over the seeds. Largest stable "
             f"rates, where the accuracy is {100 * _STABLE:g} points below that "
-            f"of the best rate: {rates}."
+            f"of the best rate: {rates}. The highest rate that was run stands "
+            "for itself and all beyond it."
         )
 
 

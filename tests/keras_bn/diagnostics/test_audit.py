@@ -167,6 +167,17 @@ def test_called_for_inference_within_the_model():
     assert not _audited(base, values, labels).ok
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_that_do_not_tell(seed):
+    """By chance one of the modes does better, and that names no remedy."""
+    values, labels = digits.unseen()
+    labels = np.random.default_rng(seed).permutation(labels)
+    report = _audited(_dropped(), values, labels)
+    assert abs(report.scores.lost_with_batch) < report.scores.threshold
+    assert _remedies(report) == {ASK}
+    assert "More labels" in report.findings[0].cause
+
+
 @pytest.mark.parametrize("batch_size", [2, 7, 64])
 def test_small_batches_accuse_nobody(batch_size):
     values, labels = digits.unseen()
