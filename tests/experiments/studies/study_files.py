@@ -20,6 +20,7 @@ _MEASURES = (
     "accuracy_with_batch_statistics",
     "cpu_ms",
     "memory_mb",
+    "recalibrated_test_accuracy",
     "shift",
     "training_accuracy_in_inference",
     "wall_ms",

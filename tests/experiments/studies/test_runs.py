@@ -55,7 +55,7 @@ def test_images_are_shrunk_by_means_of_four(digits):
     [
         ("batch_size", ("batch_4",)),
         ("cost", ("none",)),
-        ("covariate_shift", ("none_1", "batch_1")),
+        ("covariate_shift", ("none_3", "noisy_3")),
         ("overfitting", ("augmented_1000",)),
         ("recurrent", ("batch_recurrent", "layer")),
         ("scale_and_shift", ("neither",)),
