@@ -83,7 +83,7 @@ class Placement(Study):
         "normalization decides how much of it is used."
     )
     # The loss of nine convolutions takes that long to flatten.
-    real = dataclasses.replace(REAL, seeds=6, steps=1_440, eval_every=90)
+    real = dataclasses.replace(REAL, seeds=5, steps=1_440, eval_every=90)
     quick = dataclasses.replace(QUICK, arms=("before_1", "after_1", "input_1"))
 
 
