@@ -111,10 +111,11 @@ def test_a_wrong_sign_in_these_files_turns_the_answers(name, tmp_path):
             continue
         lines = []
         for (arm, _), line in raw.items():
-            facts = {**line["facts"], "arm": swapped.get(arm, arm)}
-            # The losses stay: what they are of has flattened, or not.
-            other = raw[facts["arm"], facts["seed"]]["lines"]["test_loss"]
-            columns = {**line["lines"], "test_loss": other}
+            # Steps and losses stay: what they are of has flattened, or not.
+            other = raw[swapped.get(arm, arm), line["facts"]["seed"]]
+            loss = other["lines"]["test_loss"]
+            columns = {**line["lines"], "test_loss": loss}
+            facts = other["facts"]
             lines.append(json.dumps({**line, "facts": facts, "lines": columns}))
         folder = study.folder(tmp_path / str(number))
         folder.mkdir(parents=True)
