@@ -274,6 +274,10 @@ class RunFolder:
         with contextlib.suppress(OSError):
             checkpoint.previous(self._checkpoint).unlink(missing_ok=True)
             self._checkpoint.unlink(missing_ok=True)
+        # The file that a killed process left; not one that is being held.
+        if self._lock.exists():
+            with contextlib.suppress(OSError, BusyError), self.locked():
+                pass
 
     def _lines_to_disk(self):
         # A checkpoint must not outlive the lines that were before it.
