@@ -21,9 +21,9 @@ OUTPUT_GAP = 0.7
 # How far the moving statistics of a layer are from its inputs in inference:
 # of the mean in standard deviations, of the variance as log ratio. Below both
 # in all layers, whatever the modes differ by is not due to the statistics, but
-# to batches that are small or sorted. Below both with the statistics of batches,
-# each layer has those that it should have, and a gap between the outputs is the
-# sum of many small ones; then it takes a score that is lost.
+# to batches that are small or sorted. Below both with the statistics of
+# batches, each layer has those that it should have, and a gap between the
+# outputs is the sum of many small ones; then it takes a score that is lost.
 MEAN_DISTANCE = 0.5
 VARIANCE_LOG_RATIO = 0.5
 
