@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments import ExperimentError
 from experiments import atomic
-from experiments import result_files
+from experiments import same_settings
 
 if TYPE_CHECKING:
     import keras
@@ -117,7 +117,7 @@ def restore(path: Path, model: keras.Model, description: dict) -> Position:
         position = Position(**about)
     except Exception as error:  # zipfile's, NumPy's and JSON's own
         raise _unusable(path, "is damaged") from error
-    differing = there and result_files.differences(there, description)
+    differing = there and same_settings.differences(there, description)
     if differing:
         raise _unusable(path, f"is of another run ({differing})")
     variables = state(model)

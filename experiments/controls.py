@@ -17,6 +17,7 @@ import numpy as np
 from experiments import article
 from experiments import comparison
 from experiments import result_files
+from experiments import same_settings
 from experiments.comparison import Difference
 
 STEPS = 8 * article.BATCHES_PER_EPOCH
@@ -290,8 +291,8 @@ def read(output: Path | str) -> list[Results]:
         facts = [run.facts for own in runs.values() for run in own]
         if facts:
             changed = {name for arm in control.arms for name in arm.changes}
-            names = {*result_files.SETTINGS, "steps"} - changed
-            result_files.require_same_settings(facts, sorted(names))
+            names = {*same_settings.SETTINGS, "steps"} - changed
+            same_settings.require_same_settings(facts, sorted(names))
             found.append(Results(control, runs, _accuracies(runs)))
     return found
 

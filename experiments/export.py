@@ -31,6 +31,7 @@ from experiments import require_backend
 from experiments import result_files
 from experiments import run_model
 from experiments import run_settings
+from experiments import same_settings
 from experiments.run_settings import Settings
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def read_run(folder: Path) -> tuple[Settings, dict]:
             "model is a run's folder, RESULTS/CONDITION/SEED, or a .keras "
             f"file. Received: model={folder}, which has no run.json"
         )
-    facts = {**result_files.BEFORE, **result_files.read_facts(path)}
+    facts = {**same_settings.BEFORE, **result_files.read_facts(path)}
     names = [field.name for field in dataclasses.fields(Settings)]
     missing = [name for name in names if name not in facts]
     if missing:

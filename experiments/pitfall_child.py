@@ -25,8 +25,8 @@ from experiments import atomic
 from experiments import child_process
 from experiments import data
 from experiments import pitfall_arms
-from experiments import result_files
 from experiments import run_model
+from experiments import same_settings
 from experiments.pitfall_arms import Arm
 from experiments.run_settings import Settings
 
@@ -133,7 +133,7 @@ class Arms:
             **facts,
             **pitfall_examination.examine(model, dataset),
             "backend": circumstances["backend"],
-            **{x: circumstances[x] for x in result_files.CIRCUMSTANCES},
+            **{x: circumstances[x] for x in same_settings.CIRCUMSTANCES},
         }
 
     def _steps(self, arm):

@@ -1,7 +1,5 @@
 """The sections of the report's page, as HTML."""
 
-import json
-import shlex
 from collections.abc import Sequence
 
 from experiments import article
@@ -10,11 +8,13 @@ from experiments import report_comparison
 from experiments import report_figures
 from experiments import report_studies
 from experiments import report_summaries
-from experiments import result_files
+from experiments import same_settings
 from experiments.report_html import escape
 from experiments.report_html import paragraphs
 from experiments.report_html import section
 from experiments.report_html import table
+from experiments.report_regeneration import regenerate
+from experiments.report_regeneration import settings_of
 from experiments.report_summaries import Contents
 from experiments.studies import study
 
@@ -59,7 +59,7 @@ def page_sections(
         if runs:
             title = "Batch normalization in the article's CNN: controls"
             said = f"{len(runs)} runs of control experiments."
-            chapters += [control_chapters, _settings_of(runs, {})]
+            chapters += [control_chapters, settings_of(runs, {})]
         introduction = paragraphs([said])
     else:
         title = f"Batch normalization in the article's CNN on {contents.data}"
@@ -80,8 +80,8 @@ def page_sections(
             control_chapters,
             study_chapters,
             section(f"Runs {on_data}", _runs(contents)),
-            _settings_of(contents.runs, {"data": contents.data}),
-            section("How to make this report again", _regenerate(contents)),
+            settings_of(contents.runs, {"data": contents.data}),
+            section("How to make this report again", regenerate(contents)),
         ]
     return {
         "title": escape(title),
@@ -107,8 +107,8 @@ def _introduction(contents) -> str:
         )
         return paragraphs(sentences)
     departures = [
-        f"{name.replace('_', ' ')} {result_files.describe(own)} (the "
-        f"article: {result_files.describe(published)})"
+        f"{name.replace('_', ' ')} {same_settings.describe(own)} (the "
+        f"article: {same_settings.describe(published)})"
         for name, published in _ARTICLE_SETTINGS.items()
         if (own := runs[0].facts.get(name, published)) != published
     ]
@@ -306,96 +306,4 @@ def _runs(contents) -> str:
             "images per second",
         ),
         rows,
-    )
-
-
-def _settings_of(runs, facts) -> str:
-    facts = dict(facts)
-    for name in result_files.SETTINGS + result_files.CIRCUMSTANCES:
-        if not (facts and name.startswith("dataset")):
-            facts[name.replace("_", " ")] = result_files.describe(
-                runs[0].facts.get(name)
-            )
-    rows = "\n".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td>'
-        "</tr>"
-        for name, value in facts.items()
-    )
-    notes = result_files.differing_circumstances(runs)
-    return section(
-        "What made these results",
-        '<div class="wide"><table class="settings"><caption>Settings, '
-        "hardware and software of the runs; as the first of them has them "
-        f"where a note below says that they differ.</caption>\n{rows}\n"
-        "</table></div>",
-        paragraphs(notes, "note"),
-    )
-
-
-def _regenerate(contents) -> str:
-    facts = contents.runs[0].facts
-    launch, variables, explained = _launch(facts)
-    train = [*launch, "-m", "experiments.train"]
-    train += ["--condition=N", "--seed=N", "--output=RESULTS"]
-    for name in (
-        "dataset",
-        "steps",
-        "eval_every",
-        "batch_size",
-        "optimizer",
-        "learning_rate",
-        "input",
-        "layer",
-        "placement",
-        "distribution",
-    ):
-        if name in facts:
-            train.append(f"--{name}={facts[name]}")
-    if facts.get("shuffle"):
-        train.append("--shuffle")
-    if facts["synchronized"]:
-        train.append("--synchronized")
-    if "cpu" in facts.get("device", "").lower() and facts["replicas"] > 1:
-        if facts["distribution"] in ("mirrored", "data_parallel"):
-            train.append(f"--cpu_devices={facts['replicas']}")
-    report = ["python", "-m", "experiments.report", "--results=RESULTS"]
-    if contents.curves is not None:
-        report.append("--published_curves=CSV")
-    backend = facts.get("backend")
-    prefix = f"KERAS_BACKEND={backend} " if backend else ""
-    prefix += variables
-    commands = f"{prefix}{shlex.join(train)}\n{shlex.join(report)}"
-    return (
-        paragraphs(
-            [
-                "From a clone of the repository at the revision above, with "
-                "RESULTS the folder of this report: each run, then the page.",
-                *explained,
-            ]
-        )
-        + f"\n<pre>{escape(commands)}</pre>"
-    )
-
-
-def _launch(facts):
-    """Returns what starts a run's processes, as three parts.
-
-    They are a program, variables before it, and sentences that explain it.
-    """
-    replicas = facts["replicas"]
-    if facts["distribution"] == "ddp":
-        return ["torchrun", f"--nproc_per_node={replicas}"], "", []
-    if facts["distribution"] != "multiworker":
-        return ["python"], "", []
-    addresses = [f"127.0.0.1:{2222 + x}" for x in range(replicas)]
-    task = {"type": "worker", "index": 0}
-    config = {"cluster": {"worker": addresses}, "task": task}
-    return (
-        ["python"],
-        f"TF_CONFIG={shlex.quote(json.dumps(config))} ",
-        [
-            f"The run had {replicas} replicas: start one worker for each, "
-            "all at once, with an index of its own from 0. A worker that has "
-            "several GPUs is several replicas."
-        ],
     )

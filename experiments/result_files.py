@@ -15,30 +15,7 @@ import numpy as np
 
 from experiments import ExperimentError
 from experiments import article
-
-# What all runs of one report must have in common: accuracies measured under
-# different ones of these do not belong in one figure. `steps` is not among
-# them, for a table that names each step stays true.
-SETTINGS = (
-    "dataset",
-    "dataset_version",
-    "dataset_copy",
-    "input",
-    "shuffle",
-    "layer",
-    "placement",
-    "optimizer",
-    "optimizer_epsilon",
-    "learning_rate",
-    "batch_size",
-    "eval_every",
-    "backend",
-    "distribution",
-    "replicas",
-    "synchronized",
-)
-# What may differ from run to run, but is then said.
-CIRCUMSTANCES = ("device", "packages", "revision")
+from experiments import same_settings
 
 
 def _is_whole(value: object) -> bool:
@@ -96,13 +73,6 @@ _OPTIONAL_FACTS = {
         "a list of objects",
         lambda x: isinstance(x, list) and all(isinstance(y, dict) for y in x),
     ),
-}
-# What runs were that say nothing of it: there was no choice yet.
-BEFORE = {
-    "distribution": "none",
-    "replicas": 1,
-    "synchronized": False,
-    "placement": "after",
 }
 # What recalibration makes of the trained weights; beside the weights.
 RECALIBRATED = "recalibrated.json"
@@ -175,7 +145,7 @@ def read_runs(results_dir: Path | str) -> list[Run]:
             f"no results in {results_dir}: train a condition first "
             "(python -m experiments.train), or give another folder"
         )
-    require_same_settings([run.facts for run in runs])
+    same_settings.require_same_settings([run.facts for run in runs])
     return runs
 
 
@@ -193,45 +163,13 @@ def check_addition(results_dir: Path | str, additions: Sequence[dict]) -> None:
             made with different settings.
     """
     results_dir = Path(results_dir)
-    own = {_folder(facts) for facts in additions}
+    own = {same_settings.folder_of(facts) for facts in additions}
     others = [
         _read_run(path).facts
         for path in sorted(results_dir.glob("*/*/run.json"))
         if str(path.parent.relative_to(results_dir)) not in own
     ]
-    require_same_settings([*additions, *others])
-
-
-def differences(there: dict, now: dict) -> str:
-    """Says in which settings two descriptions of runs differ.
-
-    Args:
-        there: from a file, which may be older than some settings.
-        now: what `train.describe` returns.
-
-    Returns:
-        A text; empty if they differ in circumstances alone.
-    """
-    there = {**BEFORE, **there}
-    return "; ".join(
-        f"{name}={there.get(name)} there, {value} now"
-        for name, value in now.items()
-        if name not in CIRCUMSTANCES and there.get(name) != value
-    )
-
-
-def require_settings(folder: Path, there: dict, now: dict) -> None:
-    """Finds out whether a folder's results are of the same settings.
-
-    Raises:
-        ExperimentError: they are not, as `differences` says.
-    """
-    differing = differences(there, now)
-    if differing:
-        raise ExperimentError(
-            f"{folder} holds results of other settings ({differing}): give "
-            "those settings or another output, or delete the folder"
-        )
+    same_settings.require_same_settings([*additions, *others])
 
 
 def has_weights(folder: Path) -> bool:
@@ -295,59 +233,6 @@ def read_timing(
 ) -> list[dict]:
     """Reads the lines of a run's timing.jsonl, as `read_metrics` does."""
     return _read_lines(folder / "timing.jsonl", steps, _TIMING, drop_torn)
-
-
-def differing_circumstances(runs: Sequence[Run]) -> list[str]:
-    """Says, one sentence each, what else differs between the runs."""
-    sentences = []
-    for name in CIRCUMSTANCES:
-        values = []
-        for run in runs:
-            # An interrupted run may have been continued elsewhere.
-            for facts in (run.facts, *run.facts.get("continued_by", [])):
-                if facts.get(name) not in values:
-                    values.append(facts.get(name))
-        if len(values) > 1:
-            sentences.append(
-                f"The runs differ in {name}: "
-                + "; ".join(describe(value) for value in values)
-                + "."
-            )
-    return sentences
-
-
-def describe(value: object) -> str:
-    """A value of `run.json` as a reader would write it."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "not recorded" if value is None else str(value)
-
-
-def require_same_settings(
-    runs: Sequence[dict], names: Sequence[str] = SETTINGS
-) -> None:
-    """Compares what is, or is to be, in the run.json of some runs.
-
-    Raises:
-        ExperimentError: they differ in one of `names`.
-    """
-    first = runs[0]
-    for facts in runs[1:]:
-        for name in names:
-            one, other = first.get(name), facts.get(name)
-            if one != other:
-                raise ExperimentError(
-                    f"the results differ in {name}: {describe(one)} in "
-                    f"{_folder(first)}, {describe(other)} in "
-                    f"{_folder(facts)}; keep each setting's results in a "
-                    "folder of their own"
-                )
-
-
-def _folder(facts: dict) -> str:
-    return f"{facts['condition']}/{facts['seed']}"
 
 
 def _damaged(where: object, reason: str) -> ExperimentError:
@@ -425,11 +310,12 @@ def _read_lines(
 
 
 def _read_run(path: Path) -> Run:
-    facts, folder = {**BEFORE, **read_facts(path)}, path.parent
-    if f"{folder.parent.name}/{folder.name}" != _folder(facts):
+    facts, folder = {**same_settings.BEFORE, **read_facts(path)}, path.parent
+    named = same_settings.folder_of(facts)
+    if f"{folder.parent.name}/{folder.name}" != named:
         raise ExperimentError(
-            f"{path} is of condition and seed {_folder(facts)}; move its "
-            "folder to that name"
+            f"{path} is of condition and seed {named}; move its folder to "
+            "that name"
         )
     metrics = read_metrics(folder, facts["steps"])
     timing = read_timing(folder, facts["steps"])

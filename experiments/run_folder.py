@@ -35,6 +35,7 @@ from experiments import ExperimentError
 from experiments import atomic
 from experiments import checkpoint
 from experiments import result_files
+from experiments import same_settings
 from experiments.checkpoint import Position
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class RunFolder:
         """Finds damage now rather than hours into a grid of runs."""
         if os.path.exists(self._facts):
             facts = result_files.read_facts(self._facts)
-            result_files.require_settings(self.path, facts, self._description)
+            same_settings.require_settings(self.path, facts, self._description)
             self.metrics()
             self._read(result_files.read_timing)
         else:
@@ -150,7 +151,7 @@ class RunFolder:
             facts = result_files.read_facts(self._facts)
             now = {
                 name: self._description[name]
-                for name in result_files.CIRCUMSTANCES
+                for name in same_settings.CIRCUMSTANCES
             }
             last = [facts, *facts.get("continued_by", [])][-1]
             if all(last.get(name) == now[name] for name in now):

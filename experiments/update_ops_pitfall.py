@@ -49,6 +49,7 @@ from experiments import raise_if_interrupted
 from experiments import require_backend
 from experiments import result_files
 from experiments import run_settings
+from experiments import same_settings
 from experiments import train
 from experiments.pitfall_arms import Arm
 from experiments.pitfall_arms import Form
@@ -74,7 +75,7 @@ def open_folder(facts: dict, output: Path) -> list[dict]:
     path, results = output / "run.json", output / _RESULTS
     if os.path.exists(path):
         there = result_files.read_facts(path)
-        result_files.require_settings(output, there, facts)
+        same_settings.require_settings(output, there, facts)
         return _read_lines(results, {"arm"}) if os.path.exists(results) else []
     if os.path.exists(results) or os.path.exists(output / "models"):
         raise ExperimentError(

@@ -14,7 +14,7 @@ from experiments import ExperimentError
 from experiments import data
 from experiments import many_runs
 from experiments import report_plots
-from experiments import result_files
+from experiments import same_settings
 from experiments import train
 from experiments.controls import Arm
 from experiments.studies import records
@@ -167,7 +167,7 @@ class Study:
             if record is None:
                 left.append(settings)
             else:
-                result_files.require_settings(
+                same_settings.require_settings(
                     folder / records.FILE,
                     record.facts,
                     train.describe(settings, dataset),

@@ -8,8 +8,8 @@ import keras
 import pytest
 
 from experiments import ExperimentError
-from experiments import result_files
 from experiments import run_folder
+from experiments import same_settings
 from experiments.checkpoint import Position
 
 
@@ -52,7 +52,9 @@ def test_other_circumstances_may_continue_and_are_said(tmp_path):
         folder = run_folder.RunFolder(tmp_path, description)
         assert folder.resume(_model()) == Position(0, 0)
         folder.close()
-    continued = {name: description[name] for name in result_files.CIRCUMSTANCES}
+    continued = {
+        name: description[name] for name in same_settings.CIRCUMSTANCES
+    }
     assert _facts(tmp_path) == {**_description(), "continued_by": [continued]}
 
 
