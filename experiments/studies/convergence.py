@@ -62,7 +62,7 @@ class Convergence(Study):
         "normalization costs a smaller share."
     )
     # Evaluated often enough to tell the step at which a loss is reached.
-    real = dataclasses.replace(REAL, seeds=5, eval_every=20)
+    real = dataclasses.replace(REAL, seeds=10, eval_every=20)
 
     def quantities(self, runs):
         found = {}
