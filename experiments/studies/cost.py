@@ -17,6 +17,7 @@ from experiments import train
 from experiments.controls import Arm
 from experiments.studies import records
 from experiments.studies.small_networks import Architecture
+from experiments.studies.study import KERAS
 from experiments.studies.study import QUICK
 from experiments.studies.study import REAL
 from experiments.studies.study import Study
@@ -105,6 +106,11 @@ class Cost(Study):
     quick = dataclasses.replace(QUICK, steps=3, arms=("none", "batch"))
     unit = "CPU time of a training step, ms"
 
+    def settings(self, quick, layer):
+        """Every arm for Keras's layer too: only what took turns compares."""
+        ours = super().settings(quick, "keras_bn")
+        return [_with_keras(x) for x in ours] if layer == "keras" else ours
+
     def train(self, runs, dataset, folder):
         """Times the steps of a round in turn, so that they compare."""
         for seed in sorted({x.seed for x in runs}):
@@ -152,6 +158,12 @@ class Cost(Study):
             f"{results.facts['steps']}. Peak memory that a step on "
             f"{MEMORY_BATCH:,} images adds to one on 8, in MB: {memory}."
         )
+
+
+def _with_keras(settings):
+    architecture = dataclasses.replace(settings.architecture, layer="keras")
+    arm = settings.arm + KERAS
+    return dataclasses.replace(settings, arm=arm, architecture=architecture)
 
 
 def _timings(runs, dataset):

@@ -144,6 +144,15 @@ def test_keras_layer_stands_in_for_ours(tmp_path):
     assert arms == {"batch@keras"}
 
 
+def test_cost_times_all_once_more_beside_keras_layer():
+    """Timings of another day would not do for a comparison."""
+    ours, theirs = (
+        studies.find("cost").settings(False, x) for x in ("keras_bn", "keras")
+    )
+    assert [f"{x.arm}@keras" for x in ours] == [x.arm for x in theirs]
+    assert {x.architecture.layer for x in theirs} == {"keras"}
+
+
 def test_the_report_has_a_table_and_chapters(tmp_path):
     study = studies.find("older_remedies")
     study_files.write(study, tmp_path, _favouring("batch"))
