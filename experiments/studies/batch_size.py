@@ -115,7 +115,7 @@ class BatchSize(Study):
         "images so large that a few of them have moments enough."
     )
     real = dataclasses.replace(
-        REAL, seeds=5, steps=480, eval_every=30, train_images=5_000
+        REAL, seeds=4, steps=720, eval_every=45, train_images=5_000
     )
     quick = dataclasses.replace(QUICK, arms=("batch_4", "batch_64", "group_64"))
 
