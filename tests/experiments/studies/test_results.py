@@ -127,6 +127,17 @@ def test_a_wrong_sign_in_these_files_turns_the_answers(name, tmp_path):
 
 
 @_each
+def test_what_is_found_against_a_claim_is_no_mistake_of_our_layer(name):
+    """It was asked with Keras's layer too, which never says the opposite."""
+    outcomes = [x.outcome for x in _answers(name)]
+    theirs = _FOUND[name].answers_of_keras if name in _FOUND else []
+    assert theirs or verdict.NOT_SUPPORTED not in outcomes
+    opposites = {verdict.SUPPORTED, verdict.NOT_SUPPORTED}
+    for ours, their in zip(outcomes, theirs):
+        assert {ours, their.outcome} != opposites
+
+
+@_each
 def test_what_was_measured_is_the_real_setting(name):
     study = studies.find(name)
     wanted = {x.arm: x for x in study.settings(False, "keras_bn")}
