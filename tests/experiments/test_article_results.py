@@ -1,0 +1,104 @@
+"""What is said of the article's conditions, from the files in this clone."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import article
+from experiments import comparison
+from experiments import report_summaries
+from experiments import result_files
+
+_ROOT = Path(__file__).parents[2]
+_RESULTS = _ROOT / "results/article_16_epochs"
+_README = (_ROOT / "README.md").read_text()
+_TABLE = re.search("<!-- article -->\n(.*)<!-- /article -->", _README, re.S)
+_ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in _TABLE.group(1).splitlines()[2:]
+]
+
+
+def _evaluations(condition):
+    """Of each seed, the lines of its file, by nothing but JSON."""
+    return [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(_RESULTS.glob(f"{condition}/*/metrics.jsonl"))
+    ]
+
+
+def _means(condition, step):
+    """Of each seed, its accuracy within the steps the article's points span."""
+    first, last = article.PUBLISHED_SPANS[step]
+    return [
+        np.mean(
+            [x["test_accuracy"] for x in own if first <= x["step"] <= last]
+        )
+        for own in _evaluations(condition)
+    ]
+
+
+def test_every_condition_with_results_has_a_row():
+    found = {int(path.name) for path in _RESULTS.glob("[0-9]*")}
+    assert [int(row[0]) for row in _ROWS] == sorted(found)
+    assert found
+
+
+@pytest.mark.parametrize("row", _ROWS, ids=lambda row: row[0])
+def test_a_row_says_what_the_files_do(row):
+    number, batch_norm, dropout, seeds, *values, recalibrated = row
+    condition = article.condition(int(number))
+    assert (batch_norm, float(dropout)) == (
+        condition.batch_norm,
+        condition.dropout,
+    )
+    own = _evaluations(number)
+    assert len(own) == int(seeds)
+    published = article.PUBLISHED[condition.number]
+    for step, (ours, theirs) in zip((2_000, 5_000), np.reshape(values, (2, 2))):
+        means = _means(number, step)
+        assert theirs == f"{published.at_step[step]:.3f}"
+        assert ours.rstrip("*") == f"{np.mean(means):.3f}"
+        first, last = article.PUBLISHED_SPANS[step]
+        spread = means
+        if len(means) == 1:
+            spread = [
+                x["test_accuracy"]
+                for x in own[0]
+                if first <= x["step"] <= last
+            ]
+        allowed = 2 * math.hypot(
+            np.std(spread, ddof=1), published.deviation_at_step[step]
+        )
+        off = abs(np.mean(means) - published.at_step[step])
+        assert ours.endswith("*") == (off > allowed)
+    answers = [
+        json.loads(path.read_text())["test_accuracy"]
+        for path in _RESULTS.glob(f"{number}/*/recalibrated.json")
+    ]
+    assert recalibrated == (f"{np.mean(answers):.3f}" if answers else "none")
+
+
+def test_the_report_has_the_same_numbers():
+    """`comparison` against the arithmetic of this file."""
+    summaries = report_summaries.summarize(result_files.read_runs(_RESULTS))
+    for number, summary in summaries.items():
+        assert summary.finished
+        for found in comparison.at_published_steps(summary):
+            assert found.complete
+            assert found.mean == pytest.approx(
+                np.mean(_means(number, found.step))
+            )
+
+
+def test_runs_are_of_one_setting():
+    facts = [x.facts for x in result_files.read_runs(_RESULTS)]
+    for name in ("steps", "eval_every", "backend", "input", "shuffle"):
+        assert len({x[name] for x in facts}) == 1
+    assert facts[0]["steps"] == 16 * article.BATCHES_PER_EPOCH
+    assert (facts[0]["input"], facts[0]["shuffle"]) == ("raw", False)
+    assert not any("dirty" in x["revision"] for x in facts)
