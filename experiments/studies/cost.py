@@ -17,10 +17,10 @@ from experiments import train
 from experiments.controls import Arm
 from experiments.studies import records
 from experiments.studies.small_networks import Architecture
-from experiments.studies.study import KERAS
 from experiments.studies.study import QUICK
 from experiments.studies.study import REAL
 from experiments.studies.study import Study
+from experiments.studies.study import with_keras_layer
 from experiments.studies.verdict import Question
 
 _KINDS = {
@@ -109,7 +109,9 @@ class Cost(Study):
     def settings(self, quick, layer):
         """Every arm for Keras's layer too: only what took turns compares."""
         ours = super().settings(quick, "keras_bn")
-        return [_with_keras(x) for x in ours] if layer == "keras" else ours
+        if layer != "keras":
+            return ours
+        return [with_keras_layer(x) for x in ours]
 
     def train(self, runs, dataset, folder):
         """Times the steps of a round in turn, so that they compare."""
@@ -158,12 +160,6 @@ class Cost(Study):
             f"{results.facts['steps']}. Peak memory that a step on "
             f"{MEMORY_BATCH:,} images adds to one on 8, in MB: {memory}."
         )
-
-
-def _with_keras(settings):
-    architecture = dataclasses.replace(settings.architecture, layer="keras")
-    arm = settings.arm + KERAS
-    return dataclasses.replace(settings, arm=arm, architecture=architecture)
 
 
 def _timings(runs, dataset):

@@ -387,10 +387,11 @@ def _of_layer(settings, layer):
     theirs = architecture.normalization.startswith("batch")
     if not theirs or architecture.virtual_batch_size:
         return []
-    return [
-        dataclasses.replace(
-            settings,
-            arm=settings.arm + KERAS,
-            architecture=dataclasses.replace(architecture, layer="keras"),
-        )
-    ]
+    return [with_keras_layer(settings)]
+
+
+def with_keras_layer(settings: StudySettings) -> StudySettings:
+    """Returns a run's settings with Keras's layer, in an arm of its own."""
+    architecture = dataclasses.replace(settings.architecture, layer="keras")
+    arm = settings.arm + KERAS
+    return dataclasses.replace(settings, arm=arm, architecture=architecture)

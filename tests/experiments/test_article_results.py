@@ -15,7 +15,7 @@ from experiments import result_files
 
 _ROOT = Path(__file__).parents[2]
 _RESULTS = _ROOT / "results/article_16_epochs"
-_README = (_ROOT / "README.md").read_text()
+_README = (_ROOT / "README.md").read_text(encoding="utf-8")
 _TABLE = re.search("<!-- article -->\n(.*)<!-- /article -->", _README, re.S)
 _ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
@@ -31,15 +31,17 @@ def _evaluations(condition):
     ]
 
 
-def _means(condition, step):
-    """Of each seed, its accuracy within the steps the article's points span."""
+def _within(condition, step):
+    """Of each seed, its accuracies within what the article's points span."""
     first, last = article.PUBLISHED_SPANS[step]
     return [
-        np.mean(
-            [x["test_accuracy"] for x in own if first <= x["step"] <= last]
-        )
+        [x["test_accuracy"] for x in own if first <= x["step"] <= last]
         for own in _evaluations(condition)
     ]
+
+
+def _means(condition, step):
+    return [np.mean(own) for own in _within(condition, step)]
 
 
 def test_every_condition_with_results_has_a_row():
@@ -56,21 +58,13 @@ def test_a_row_says_what_the_files_do(row):
         condition.batch_norm,
         condition.dropout,
     )
-    own = _evaluations(number)
-    assert len(own) == int(seeds)
+    assert len(_evaluations(number)) == int(seeds)
     published = article.PUBLISHED[condition.number]
     for step, (ours, theirs) in zip((2_000, 5_000), np.reshape(values, (2, 2))):
         means = _means(number, step)
         assert theirs == f"{published.at_step[step]:.3f}"
         assert ours.rstrip("*") == f"{np.mean(means):.3f}"
-        first, last = article.PUBLISHED_SPANS[step]
-        spread = means
-        if len(means) == 1:
-            spread = [
-                x["test_accuracy"]
-                for x in own[0]
-                if first <= x["step"] <= last
-            ]
+        spread = means if len(means) > 1 else _within(number, step)[0]
         allowed = 2 * math.hypot(
             np.std(spread, ddof=1), published.deviation_at_step[step]
         )
