@@ -85,6 +85,14 @@ def _gap(arm, words):
     )
 
 
+def _taken(arm, words):
+    return Claim(
+        words,
+        (("raw_fixed", 9), (arm, 0)),
+        (("raw_fixed", 0), (arm, 9)),
+    )
+
+
 def _rate_claim(name, rate, number):
     return Claim(
         f"A learning rate of {rate} instead of 0.001, in condition {number}",
@@ -122,10 +130,18 @@ CONTROLS = {
                     "standardized_reshuffled",
                     "standardized pixels, reshuffled",
                 ),
-                Claim(
-                    "What scaling and reshuffling take away of that gap",
-                    (("raw_fixed", 9), ("standardized_reshuffled", 0)),
-                    (("raw_fixed", 0), ("standardized_reshuffled", 9)),
+                _taken(
+                    "standardized_reshuffled",
+                    "What standardizing and reshuffling take away of the gap "
+                    "on raw pixels in fixed order",
+                ),
+                _gap(
+                    "standardized_fixed", "standardized pixels in fixed order"
+                ),
+                _taken(
+                    "standardized_fixed",
+                    "What standardizing alone takes away of the gap on raw "
+                    "pixels in fixed order",
                 ),
                 Claim(
                     "Standardizing pixels without batch normalization "

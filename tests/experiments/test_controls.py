@@ -64,7 +64,8 @@ def test_the_gap_and_what_scaling_takes_away_of_it(tmp_path):
         f"{100 * right.high:+.1f} over 5 seeds: more, clearly."
     )
     assert scaled.endswith("no difference is shown.")
-    assert "that gap: +10.0 points" in taken
+    assert "take away of the gap" in taken
+    assert "fixed order: +10.0 points" in taken
     assert all(x.endswith("not measured yet.") for x in others)
 
 
@@ -73,6 +74,21 @@ def test_a_wrong_sign_turns_the_verdict(tmp_path):
     gap, _, taken, *_ = _verdicts(tmp_path)
     assert gap.endswith("less, clearly.")
     assert taken.endswith("less, clearly.")
+
+
+def test_scaling_is_told_from_reshuffling(tmp_path):
+    """All of the gap goes with the order of the batches, none by scaling."""
+    _gaps(tmp_path, 0.1, 0.0)
+    for seed in range(5):
+        _write(tmp_path, "standardized_fixed", 0, seed, 0.5)
+        _write(tmp_path, "standardized_fixed", 9, seed, 0.6 + seed / 1000)
+    _, _, both, left, alone, *_ = _verdicts(tmp_path)
+    assert "standardizing and reshuffling" in both
+    assert both.endswith("more, clearly.")
+    assert left.startswith("Batch normalization (condition 9 less condition 0)")
+    assert "on standardized pixels in fixed order: +10.2 points" in left
+    assert "standardizing alone" in alone
+    assert alone.endswith("no difference is shown.")
 
 
 def test_one_seed_gives_no_verdict(tmp_path):
