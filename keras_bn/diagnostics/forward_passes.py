@@ -113,7 +113,7 @@ class ForwardPass:
         far = False
         for number, *of_call in zip(self._called, *zip(*moments)):
             mean, variance, _ = map(ops.convert_to_numpy, of_call)
-            if np.any(np.square(mean) > _FAR**2 * variance):
+            if np.any(np.abs(mean) > _FAR * np.sqrt(variance)):
                 self._shifts[number] = self._shifts[number] + mean
                 far = True
         if far:

@@ -410,6 +410,8 @@ def test_labels_say_that_the_weights_were_trained_for_the_statistics(layer):
     np.testing.assert_allclose(found, _moments(values)[0], rtol=1e-5)
 
 
+# The error says it; no warning of NumPy's comes before.
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(
     "wrong, match",
     [
