@@ -7,18 +7,19 @@ its confidence interval over the seeds, makes the sentence of the report.
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from experiments import ExperimentError
 from experiments import article
 from experiments import comparison
 from experiments import result_files
 from experiments import same_settings
 from experiments.comparison import Difference
+from experiments.run_settings import Settings
 
 STEPS = 8 * article.BATCHES_PER_EPOCH
 EVAL_EVERY = 2 * article.BATCHES_PER_EPOCH // 5
@@ -75,6 +76,11 @@ class Control:
     conditions: tuple[int, ...]
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
+
+    @property
+    def changed(self) -> set[str]:
+        """The attributes of `Settings` in which the arms differ."""
+        return {name for arm in self.arms for name in arm.changes}
 
 
 def _gap(arm, words):
@@ -286,6 +292,11 @@ class Results:
         ]
 
 
+def begun(output: Path | str) -> bool:
+    """Whether there are runs of control experiments, finished or not."""
+    return result_files.has_files(Path(output) / FOLDER, "*/*/*/*/run.json")
+
+
 def read(output: Path | str) -> list[Results]:
     """Reads the control experiments below a folder of results.
 
@@ -293,24 +304,39 @@ def read(output: Path | str) -> list[Results]:
 
     Raises:
         ExperimentError: a file is damaged, or runs differ in more than their
-            arms do.
+            arms do, or are not what their arm says.
     """
     found = []
     for control in CONTROLS.values():
         runs = {}
         for arm in control.arms:
             path = folder(output, control, arm)
-            if os.path.isdir(path):
+            # A process that has just begun has made no more than folders.
+            if result_files.has_files(path, "*/*/run.json"):
                 runs[arm.name] = [
                     run for run in result_files.read_runs(path) if run.finished
                 ]
+                _require_arm(control, arm, path, runs[arm.name])
         facts = [run.facts for own in runs.values() for run in own]
         if facts:
-            changed = {name for arm in control.arms for name in arm.changes}
-            names = {*same_settings.SETTINGS, "steps"} - changed
+            names = {*same_settings.SETTINGS, "steps"} - control.changed
             same_settings.require_same_settings(facts, sorted(names))
             found.append(Results(control, runs, _accuracies(runs)))
     return found
+
+
+def _require_arm(control, arm, path, runs):
+    usual = {x.name: x.default for x in dataclasses.fields(Settings)}
+    for name in sorted(control.changed):
+        right = arm.changes.get(name, usual[name])
+        for run in runs:
+            if run.facts.get(name) != right:
+                raise ExperimentError(
+                    f"{path} has a run whose {name} is "
+                    f"{same_settings.describe(run.facts.get(name))}; in this "
+                    f"arm it is {same_settings.describe(right)}: move or "
+                    "delete that folder"
+                )
 
 
 def _accuracies(runs):

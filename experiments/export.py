@@ -62,8 +62,9 @@ def read_run(folder: Path) -> tuple[Settings, dict]:
         )
     if not result_files.has_weights(folder):
         raise ExperimentError(
-            f"the run in {folder} is not finished: give its training command "
-            "again first"
+            f"the run in {folder} has no trained weights: give its training "
+            "command again first, or with another output if its results were "
+            "kept without weights"
         )
     return Settings(**{name: facts[name] for name in names}), facts
 

@@ -29,19 +29,22 @@ IMAGES = 5_120
 def write(settings: Settings, dataset: data.Dataset, folder: RunFolder) -> None:
     """Writes the file, if it is not there and can be.
 
-    There is none of a condition without batch normalization.
+    There is none of a condition without batch normalization, nor of a run
+    whose weights were taken away.
 
     Args:
         settings: of the run.
         dataset: what it was trained on.
-        folder: the run's, which is finished.
+        folder: the run's, which is trained.
 
     Raises:
         ExperimentError: a file cannot be read or written.
     """
     path = folder.path / result_files.RECALIBRATED
     bare = article.condition(settings.condition).batch_norm == "none"
-    if bare or path.exists() or not os.access(folder.path, os.W_OK):
+    if bare or not folder.finished or path.exists():
+        return
+    if not os.access(folder.path, os.W_OK):
         return
     # Where nothing is normalized, keras_bn need not be importable.
     import keras_bn

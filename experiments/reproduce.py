@@ -195,7 +195,8 @@ def grids_from_flags() -> dict[Path, list[Settings]]:
     """Returns the grids that the flags ask for, by their folders of results.
 
     Raises:
-        ExperimentError: as `grid`.
+        ExperimentError: as `grid`, or a flag would make the arms of a
+            control experiment alike.
     """
     output, preset = Path(flags.FLAGS.output), flags.FLAGS.preset
     given = {**PRESETS[preset], **run_settings.given()}
@@ -211,6 +212,13 @@ def grids_from_flags() -> dict[Path, list[Settings]]:
     if preset not in controls.CONTROLS:
         return {output: grid(seeds=seeds, **given)}
     control = controls.CONTROLS[preset]
+    for name in sorted(control.changed):
+        if flags.FLAGS[name].present:
+            raise ExperimentError(
+                f"{name} is what the arms of --preset={preset} differ in: "
+                "leave that flag out. "
+                f"Received: {name}={flags.FLAGS[name].value}"
+            )
     return {
         controls.folder(output, control, arm): grid(
             seeds=seeds, **{**given, **arm.changes}

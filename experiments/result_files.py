@@ -172,6 +172,12 @@ def check_addition(results_dir: Path | str, additions: Sequence[dict]) -> None:
     same_settings.require_same_settings([*additions, *others])
 
 
+def has_files(path: Path, pattern: str) -> bool:
+    """Whether a folder, which need not be there, has such files."""
+    # `glob` alone fails where the name is too long to be one.
+    return os.path.isdir(path) and any(path.glob(pattern))
+
+
 def has_weights(folder: Path) -> bool:
     """Whether a run's folder has its final weights: training is done."""
     return os.path.exists(folder / "final.weights.h5")

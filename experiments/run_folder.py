@@ -93,6 +93,21 @@ class RunFolder:
         return result_files.has_weights(self.path)
 
     @property
+    def stripped(self) -> bool:
+        """Whether all lines are there, and the weights were taken away.
+
+        So are results that were kept without them. A killed run of more than
+        one line has a checkpoint.
+        """
+        lines = self.metrics()
+        return (
+            not self.finished
+            and len(lines) > 1
+            and lines[-1]["step"] == self._description["steps"]
+            and checkpoint.newest(self._checkpoint) is None
+        )
+
+    @property
     def saved(self) -> int:
         """The steps that were done at the last checkpoint."""
         return self._saved

@@ -199,6 +199,10 @@ class Settings(RunSettings):
             "dropout": condition.dropout,
         }
 
+    def trained(self, folder):
+        # Results are handed on without their weights.
+        return folder.finished or folder.stripped
+
     def conclude(self, dataset, folder):
         from experiments import recalibrated
 

@@ -177,7 +177,7 @@ def test_bad_runs(results, few, tmp_path):
     refused(export.read_run, tmp_path, said="which has no run.json")
     facts = (run / "run.json").read_text()
     (tmp_path / "run.json").write_text(facts)
-    refused(export.read_run, tmp_path, said="is not finished")
+    refused(export.read_run, tmp_path, said="has no trained weights")
     (tmp_path / "final.weights.h5").write_bytes(b"half")
     settings, facts = export.read_run(tmp_path)
     refused(export.load_run, tmp_path, settings, said="cannot be read")

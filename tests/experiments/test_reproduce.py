@@ -98,6 +98,41 @@ def test_a_grid_goes_on_where_it_stopped(few, tmp_path, monkeypatch):
             )
 
 
+def test_results_that_lack_their_weights_are_not_trained_again(few, tmp_path):
+    """As they are in a clone; beside them another seed can be trained."""
+    settings = {"steps": 2, "eval_every": 1, "batch_size": 4}
+    reproduce.run(reproduce.grid((9,), 1, **settings), few, tmp_path)
+    first = tmp_path / "9/0"
+    (first / "final.weights.h5").unlink()
+    (first / "recalibrated.json").unlink()
+    before = {x: x.read_bytes() for x in first.iterdir() if x.is_file()}
+    runs = reproduce.grid((9,), 2, **settings)
+    accuracies = reproduce.run(runs, few, tmp_path)
+    after = {x: x.read_bytes() for x in first.iterdir() if x.is_file()}
+    assert after == before
+    assert len(accuracies[9]) == 2
+    assert (tmp_path / "9/1/final.weights.h5").exists()
+
+
+def test_a_run_killed_before_its_weights_goes_on(few, tmp_path):
+    (one,) = reproduce.grid((9,), 1, steps=2, eval_every=1, batch_size=4)
+    kept, save = {}, run_folder.RunFolder.finish
+
+    def killed(folder, network):
+        kept.update({x: x.read_bytes() for x in folder.path.glob("*.*")})
+        save(folder, network)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder.RunFolder, "finish", killed)
+        reproduce.run([one], few, tmp_path)
+    weights = tmp_path / "9/0/final.weights.h5"
+    weights.unlink()
+    for path, content in kept.items():
+        path.write_bytes(content)
+    reproduce.run([one], few, tmp_path)
+    assert weights.exists()
+
+
 def test_other_settings_are_found_before_training(few, tmp_path, monkeypatch):
     changed = {"eval_every": 1, "batch_size": 4}
     reproduce.run(reproduce.grid((9,), 1, steps=1, **changed), few, tmp_path)
@@ -286,6 +321,43 @@ def test_the_program_from_flags_to_report(tmp_path):
     assert "not the article's comparison" in said[-2]
     assert [line.split()[0] for line in said[1:4]] == ["condition", "0", "3"]
     assert (tmp_path / "report.html").stat().st_size
+
+
+# Says what becomes of each of some command lines.
+_ASKING = """
+import sys
+from absl import flags
+from absl.testing import flagsaver
+from experiments import ExperimentError, reproduce
+reproduce.define_flags()
+for line in sys.argv[1:]:
+    with flagsaver.flagsaver():
+        flags.FLAGS(["reproduce", *line.split()])
+        try:
+            print(len(reproduce.grids_from_flags()))
+        except ExperimentError as error:
+            print(error)
+"""
+
+
+def test_what_arms_differ_in_cannot_be_given():
+    wrong = {
+        "--preset=layer --layer=keras": "layer=keras",
+        "--preset=input_and_order --shuffle": "shuffle=True",
+        "--preset=placement --placement=before": "placement=before",
+        "--preset=learning_rate --learning_rate=0.5": "learning_rate=0.5",
+    }
+    right = ["--preset=layer --learning_rate=0.5", "--layer=keras"]
+    done = subprocess.run(
+        [sys.executable, "-c", _ASKING, *wrong, *right],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+    )
+    *refused, first, second = done.stdout.splitlines()
+    for said, received in zip(refused, wrong.values(), strict=True):
+        assert said.endswith(f"leave that flag out. Received: {received}")
+    assert (first, second) == ("2", "1")
 
 
 def test_a_control_experiment_from_flags_to_verdict(tmp_path):
