@@ -5,7 +5,9 @@ them.
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence
 
 import numpy as np
@@ -138,18 +140,19 @@ def rank_order(
     return RankOrder(tau, float(low), float(high), len(means))
 
 
-def taus_between_seeds(accuracies: Sequence[np.ndarray]) -> list[float]:
+def taus_between_seeds(
+    accuracies: Sequence[Mapping[int, float]],
+) -> list[float]:
     """Kendall's tau of the conditions' order between each two seeds.
 
     Args:
-        accuracies: of each condition, one value for each seed, the same
-            seeds in the same order.
+        accuracies: of each condition, seed -> value. What not all conditions
+            have is left out.
     """
-    seeds = min(map(len, accuracies))
+    seeds = sorted(set.intersection(*map(set, accuracies)))
     return [
-        _tau([v[i] for v in accuracies], [v[j] for v in accuracies])
-        for i in range(seeds)
-        for j in range(i + 1, seeds)
+        _tau([x[one] for x in accuracies], [x[other] for x in accuracies])
+        for one, other in itertools.combinations(seeds, 2)
     ]
 
 
@@ -171,7 +174,7 @@ class Stability:
 
 
 def stability(summary: Summary) -> Stability | None:
-    """The stability of a condition; None for fewer than 11 evaluations."""
+    """The stability of a condition; None for fewer than 22 evaluations."""
     half = _AROUND // 2
     accuracies = summary.accuracies
     if accuracies.shape[1] < 2 * _AROUND:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments import ExperimentError
 from experiments import atomic
 from experiments import controls
 from experiments import launch
 from experiments import report_sections
 from experiments import report_studies
 from experiments import report_summaries
+from experiments import result_files
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 
@@ -47,10 +49,21 @@ def write_report(
     found = controls.read(results_dir)
     studied = report_studies.read(results_dir)
     contents = None
-    if not (found or studied) or any(results_dir.glob("*/*/run.json")):
-        contents = report_summaries.read_contents(
-            results_dir, published_curves
+    others = bool(found or studied)
+    begun = result_files.has_files(results_dir, "*/*/run.json")
+    if not (others or begun) and controls.begun(results_dir):
+        raise ExperimentError(
+            f"no control experiment in {results_dir} has a finished run yet; "
+            "come back when one has"
         )
+    if begun or not others:
+        try:
+            contents = report_summaries.read_contents(
+                results_dir, published_curves
+            )
+        except report_summaries.NothingEvaluatedError:
+            if not others:
+                raise
     sections, figures = report_sections.page_sections(
         contents, found, studied
     )

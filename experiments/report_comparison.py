@@ -8,12 +8,27 @@ from experiments import comparison
 from experiments import controls
 from experiments import report_figures
 from experiments import report_plots
+from experiments import report_summaries
+from experiments import same_settings
 from experiments.comparison import AtStep
 from experiments.report_html import items
 from experiments.report_html import paragraphs
 from experiments.report_html import section
 from experiments.report_html import table
+from experiments.report_regeneration import regenerate_control
 from experiments.report_summaries import Contents
+
+# Settings in which a run can depart from the article, and the article's.
+_ARTICLE_SETTINGS = {
+    "input": "raw",
+    "shuffle": False,
+    "optimizer": "adam",
+    "optimizer_epsilon": article.ADAM_EPSILON,
+    "learning_rate": article.LEARNING_RATE,
+    "batch_size": article.BATCH_SIZE,
+    "placement": "after",
+    "replicas": 1,
+}
 
 
 def chapters(contents: Contents) -> str:
@@ -48,15 +63,17 @@ def _published(contents) -> str:
     ]
     return section(
         "At the article's steps",
-        paragraphs([_share_within(found)]),
+        paragraphs(_share_within(found)),
         table(
-            f"On {contents.data}. "
+            f"At the article's steps on {contents.data}. "
             "Condition and step. The article's value is the mean of 11 points "
             "of one run, its deviation theirs; ours the mean of the "
             "evaluations within the steps that those points span, its "
             "deviation that over the seeds (of one seed, over its "
             "evaluations). Within: the difference is at most twice the root "
-            "of the sum of both squared deviations.",
+            "of the sum of both squared deviations. The deviation of two or "
+            "three seeds is often too small by chance, and then flags what "
+            "more seeds would not.",
             (
                 "condition",
                 "article",
@@ -70,28 +87,53 @@ def _published(contents) -> str:
             ),
             rows,
         ),
-        items(_explanation(one) for one in found if one.flagged),
+        items(_explanation(x, contents) for x in found if x.flagged),
     )
 
 
-def _share_within(found: list[AtStep]) -> str:
-    within = sum(not one.flagged for one in found)
-    largest = max(found, key=lambda one: abs(one.difference))
-    return (
-        f"{within} of {len(found)} values lie within the spread. The largest "
-        f"difference is {largest.difference:+.3f}, condition {largest.number} "
-        f"at {largest.step:,} steps."
-    )
+def _share_within(found: list[AtStep]) -> list[str]:
+    sentences = []
+    for words, own in (
+        ("of several seeds", [one for one in found if one.seeds > 1]),
+        (
+            "of one seed, whose spread is wide where it still learned,",
+            [one for one in found if one.seeds == 1],
+        ),
+    ):
+        if own:
+            within = sum(not one.flagged for one in own)
+            largest = max(own, key=lambda one: abs(one.difference))
+            sentences.append(
+                f"{within} of {len(own)} values {words} lie within the "
+                f"spread. The largest difference is {largest.difference:+.3f},"
+                f" condition {largest.number} at {largest.step:,} steps."
+            )
+    return sentences
 
 
-def _explanation(one: AtStep) -> str:
+def departures(contents: Contents) -> list[str]:
+    """The settings that are not the article's, in words."""
+    return [
+        f"{name.replace('_', ' ')} {same_settings.describe(own)} (the "
+        f"article: {same_settings.describe(published)})"
+        for name, published in _ARTICLE_SETTINGS.items()
+        if (own := contents.runs[0].facts.get(name, published)) != published
+    ]
+
+
+def _explanation(one: AtStep, contents) -> str:
     seeds = "one seed" if one.seeds == 1 else f"{one.seeds} seeds"
-    return (
+    copy = contents.runs[0].facts.get("dataset_copy") or ""
+    # TFDS's own copy has the images as they were published.
+    copy = f", of images not {copy}" if "re-encoded" in copy else ""
+    said = (
         f"Condition {one.number} at {one.step:,}: {one.difference:+.3f}. What "
-        "differs: the article's is a single run, of images that were not "
-        "re-encoded as JPEG, in an order that it does not give; ours are "
-        f"{seeds}. Which of them it is these runs cannot tell."
+        f"differs: the article's is a single run{copy}, in an order that it "
+        f"does not give; ours are {seeds}"
     )
+    own = departures(contents)
+    said += f"; and {', '.join(own)}. " if own else ". "
+    return f"{said}Which of them it is these runs cannot tell."
 
 
 def _rank_order(contents) -> str:
@@ -109,18 +151,22 @@ def _rank_order(contents) -> str:
             if not within.any() or summary.steps[-1] < step:
                 continue
             means = summary.accuracies[:, within].mean(axis=1)
-            ours.append(means)
+            ours.append(dict(zip([r.seed for r in summary.runs], means)))
             published.append(article.PUBLISHED[number].at_step[step])
             bare = summary.condition.batch_norm == "none"
             (without if bare else with_it).append(means.mean())
         if len(ours) < 3:
             continue
-        rank = comparison.rank_order(ours, published)
+        rank = comparison.rank_order(
+            [list(of_seeds.values()) for of_seeds in ours], published
+        )
         between = comparison.taus_between_seeds(ours)
+        fewest, *_, most = sorted(map(len, ours))
         rows.append(
             [
                 f"{step:,}",
                 rank.conditions,
+                "–".join(str(x) for x in sorted({fewest, most})),
                 f"{rank.tau:.2f}",
                 "–"
                 if rank.low is None
@@ -138,16 +184,19 @@ def _rank_order(contents) -> str:
     return section(
         "Rank order of the conditions",
         table(
-            f"On {contents.data}. "
+            f"Rank order on {contents.data}. "
             "Kendall's tau of our order against the published one, by the "
             "means at the same steps as above: 1 is the same order, 0 none. "
-            "Its interval is a 95% bootstrap over seeds. Beside it the mean "
-            "tau between two of our own seeds. The article's order at 5,000 "
+            "Its interval is a 95% bootstrap over seeds, coarse where they "
+            "are few; beside it the mean tau between two of our own seeds. "
+            "Neither can be had while a condition has one seed. The "
+            "article's order at 5,000 "
             "steps against its order at the end has 0.79. Last: whether all "
             "conditions without batch normalization rank below all with it.",
             (
                 "step",
                 "conditions",
+                "seeds of each",
                 "tau",
                 "interval",
                 "between our seeds",
@@ -171,6 +220,7 @@ def _recalibrated(contents) -> str:
             rows.append(
                 [
                     number,
+                    f"{summary.steps[-1]:,}",
                     f"{moving:.4f}",
                     f"{recalibrated:.4f}",
                     f"{recalibrated - moving:+.4f}",
@@ -182,12 +232,12 @@ def _recalibrated(contents) -> str:
     return section(
         "With moving and with recalibrated statistics",
         table(
-            f"On {contents.data}. "
+            f"Moving and recalibrated statistics on {contents.data}. "
             "Test accuracy of the trained weights with the moving statistics "
             "that training left, and with those that keras_bn.recalibrate "
             "takes from the first training images: what the moving average "
             "costs. Means over the seeds.",
-            ("ID", "moving", "recalibrated", "difference", "seeds"),
+            ("ID", "at step", "moving", "recalibrated", "difference", "seeds"),
             rows,
         ),
     )
@@ -201,6 +251,7 @@ def _stability(contents) -> str:
             rows.append(
                 [
                     number,
+                    f"{summary.steps[-1]:,}",
                     f"{found.deviation:.4f}",
                     f"{found.collapses:g}",
                     found.evaluations,
@@ -212,12 +263,19 @@ def _stability(contents) -> str:
     return section(
         "Stability",
         table(
-            f"On {contents.data}. "
+            f"Stability on {contents.data}. "
             "How much test accuracy jumps about in the second half of a run. "
             "Deviation: root mean square of what an evaluation is off the "
             "mean of the 11 around it. Collapses: evaluations of a seed that "
             f"lie {comparison.COLLAPSE:g} or more below the median of those.",
-            ("ID", "deviation", "collapses", "evaluations", "seeds"),
+            (
+                "ID",
+                "to step",
+                "deviation",
+                "collapses",
+                "evaluations",
+                "seeds",
+            ),
             rows,
         ),
     )
@@ -240,7 +298,6 @@ def control_chapters(
             if (arm.name, number) in results.accuracies
         ]
         runs = [run for own in results.runs.values() for run in own]
-        steps = runs[0].facts["steps"]
         name = f"control_{control.name}"
         svg = report_plots.draw_dots(name, groups)
         files[name] = svg
@@ -248,22 +305,32 @@ def control_chapters(
             f"{label}: {np.mean(list(of_seeds.values())):.3f}"
             for label, of_seeds in groups
         )
-        caption = (
-            "Each dot is a seed, the bar their mean: test accuracy, the mean "
-            f"of the last {controls.LAST_EVALUATIONS} evaluations of "
-            f"{steps:,} steps."
-        )
-        figure = report_figures.figure(svg, caption, f"{caption} {words}.")
-        command = (
-            "<pre>python -m experiments.reproduce "
-            f"--preset={control.name} --seeds=5</pre>"
-        )
+        caption = _control_caption(runs)
         parts.append(
             section(
                 f"Control: {control.question}",
                 items(results.verdicts()),
-                figure,
-                command,
+                report_figures.figure(svg, caption, f"{caption} {words}."),
+                regenerate_control(results),
             )
         )
     return "\n".join(parts), files
+
+
+def _control_caption(runs) -> str:
+    facts = runs[0].facts
+    last = min(controls.LAST_EVALUATIONS, *(len(r.accuracies) for r in runs))
+    said = (
+        f"{len(runs)} runs on {report_summaries.data_of(facts)}. Each dot is a "
+        "seed, the bar their mean, where the sentences above take the seeds "
+        "alone that have all of their runs: test accuracy, the mean of the "
+        f"last {last} evaluations of {facts['steps']:,} steps."
+    )
+    seconds = [r.train_seconds for r in runs if r.train_seconds is not None]
+    if seconds:
+        said += (
+            f" Training took {min(seconds):,.0f} to {max(seconds):,.0f} "
+            f"seconds a run ({facts.get('backend', 'backend not recorded')}, "
+            f"{facts.get('device', 'device not recorded')})."
+        )
+    return said

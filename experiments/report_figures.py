@@ -169,11 +169,11 @@ def draw(
                 [],
                 [],
                 color=INK,
-                alpha=0.6,
-                linewidth=0.8 if curves else 0,
+                linewidth=0.6 if curves else 0,
                 marker=None if curves else "D",
                 markersize=4,
-                label="the article, same colours, faint",
+                markerfacecolor="none",
+                label="the article, same colours",
             )
         axes.set_xlim(0, limits.last_step)
         axes.set_ylim(limits.low, limits.high)
@@ -228,8 +228,12 @@ def to_svg(drawing, axes, marks):
         format="svg",
         metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
     )
-    # A hundredth of a point is finer than any screen.
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", buffer.getvalue())
+    # A hundredth of a point is finer than any screen. Text stays as it is.
+    svg = re.sub(
+        r"<[^>]*>",
+        lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag.group()),
+        buffer.getvalue(),
+    )
     points_per_pixel = 72 / drawing.dpi
     height = 72 * drawing.get_figheight()
     circles = []
@@ -265,13 +269,14 @@ def inline(svg: str, description: str) -> str:
 
 def _draw_published(axes, number, color, curves) -> Sequence[float]:
     """Returns the steps of what it drew."""
-    look = {"color": color, "alpha": 0.45, "zorder": 1}
+    look = {"color": color, "zorder": 1}
     if curves is None:
         steps, accuracies = published_points(number)
         look |= {"linewidth": 0, "marker": "D", "markersize": 4}
+        look |= {"markerfacecolor": "none"}
     elif number in curves:
         steps, accuracies = (smooth(column) for column in curves[number].T)
-        look |= {"linewidth": 0.8}
+        look |= {"linewidth": 0.6}
     else:
         return ()
     axes.plot(steps, accuracies, **look)

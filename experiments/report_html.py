@@ -53,6 +53,14 @@ def table(
     )
 
 
+def commands(text: str, label: str) -> str:
+    """Lines to be copied; the keyboard scrolls those that are too long."""
+    return (
+        f'<pre tabindex="0" role="region" aria-label="{escape(label)}">'
+        f"{escape(text)}</pre>"
+    )
+
+
 def section(title: str, *parts: str) -> str:
     """A heading and what is below it; nothing if nothing is."""
     parts = [part for part in parts if part]

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Mapping
 from collections.abc import Sequence
 
+from experiments import controls
 from experiments import same_settings
+from experiments.report_html import commands
 from experiments.report_html import escape
 from experiments.report_html import paragraphs
 from experiments.report_html import section
 from experiments.report_summaries import Contents
 from experiments.result_files import Run
+from experiments.run_settings import Settings
 
 
-def settings_of(runs: Sequence[Run], facts: Mapping[str, str]) -> str:
+def settings_of(
+    runs: Sequence[Run],
+    facts: Mapping[str, str],
+    title: str = "What made these results",
+) -> str:
     """The section on what made the results.
 
     Args:
         runs: at least one.
         facts: name -> text of what is known of them all already.
+        title: of the section.
     """
     facts = dict(facts)
     for name in same_settings.SETTINGS + same_settings.CIRCUMSTANCES:
         if not (facts and name.startswith("dataset")):
-            facts[name.replace("_", " ")] = same_settings.describe(
-                runs[0].facts.get(name)
-            )
+            values = [run.facts.get(name) for run in runs]
+            text = same_settings.describe(values[0])
+            if name in same_settings.SETTINGS and any(
+                value != values[0] for value in values
+            ):
+                text = "not the same in all"
+            facts[name.replace("_", " ")] = text
     rows = "\n".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td>'
         "</tr>"
@@ -35,10 +48,12 @@ def settings_of(runs: Sequence[Run], facts: Mapping[str, str]) -> str:
     )
     notes = same_settings.differing_circumstances(runs)
     return section(
-        "What made these results",
-        '<div class="wide"><table class="settings"><caption>Settings, '
-        "hardware and software of the runs; as the first of them has them "
-        f"where a note below says that they differ.</caption>\n{rows}\n"
+        title,
+        '<div class="wide" tabindex="0" role="region" '
+        f'aria-label="{escape(title)}"><table class="settings"><caption>'
+        "Settings, hardware and software of the runs; as the first of them "
+        "has them where a note below says that they differ.</caption>\n"
+        f"{rows}\n"
         "</table></div>",
         paragraphs(notes, "note"),
     )
@@ -48,6 +63,7 @@ def regenerate(contents: Contents) -> str:
     """The commands that make the results, and the page, once more."""
     facts = contents.runs[0].facts
     launch, variables, explained = _launch(facts)
+    lengths = sorted({run.facts["steps"] for run in contents.runs})
     train = [*launch, "-m", "experiments.train"]
     train += ["--condition=N", "--seed=N", "--output=RESULTS"]
     for name in (
@@ -62,7 +78,13 @@ def regenerate(contents: Contents) -> str:
         "placement",
         "distribution",
     ):
-        if name in facts:
+        if name == "steps" and len(lengths) > 1:
+            train.append("--steps=STEPS")
+            explained.append(
+                "STEPS is the run's own: "
+                f"{' or '.join(f'{x:,}' for x in lengths)}."
+            )
+        elif name in facts:
             train.append(f"--{name}={facts[name]}")
     if facts.get("shuffle"):
         train.append("--shuffle")
@@ -74,10 +96,8 @@ def regenerate(contents: Contents) -> str:
     report = ["python", "-m", "experiments.report", "--results=RESULTS"]
     if contents.curves is not None:
         report.append("--published_curves=CSV")
-    backend = facts.get("backend")
-    prefix = f"KERAS_BACKEND={backend} " if backend else ""
-    prefix += variables
-    commands = f"{prefix}{shlex.join(train)}\n{shlex.join(report)}"
+    prefix = _backend(facts) + variables
+    lines = f"{prefix}{shlex.join(train)}\n{shlex.join(report)}"
     return (
         paragraphs(
             [
@@ -86,8 +106,49 @@ def regenerate(contents: Contents) -> str:
                 *explained,
             ]
         )
-        + f"\n<pre>{escape(commands)}</pre>"
+        + "\n"
+        + commands(lines, "Commands that make this report again")
     )
+
+
+def regenerate_control(results: controls.Results) -> str:
+    """The command that makes the runs of a control experiment once more."""
+    control = results.control
+    runs = [run for own in results.runs.values() for run in own]
+    facts = runs[0].facts
+    usual = {x.name: x.default for x in dataclasses.fields(Settings)}
+    usual |= {"steps": controls.STEPS, "eval_every": controls.EVAL_EVERY}
+    command = ["python", "-m", "experiments.reproduce"]
+    command += [f"--preset={control.name}"]
+    conditions = tuple(sorted({run.condition.number for run in runs}))
+    if conditions != control.conditions:
+        command += [f"--conditions={','.join(map(str, conditions))}"]
+    command += [f"--seeds={1 + max(run.seed for run in runs)}"]
+    command += [f"--dataset={facts['dataset']}", "--output=RESULTS"]
+    for name in (
+        "steps",
+        "eval_every",
+        "batch_size",
+        "optimizer",
+        "learning_rate",
+        "input",
+        "layer",
+        "placement",
+    ):
+        own = facts.get(name, usual[name])
+        if name not in control.changed and own != usual[name]:
+            command.append(f"--{name}={own}")
+    if facts.get("shuffle") and "shuffle" not in control.changed:
+        command.append("--shuffle")
+    return commands(
+        _backend(facts) + shlex.join(command),
+        f"Command of the control experiment {control.name}",
+    )
+
+
+def _backend(facts):
+    backend = facts.get("backend")
+    return f"KERAS_BACKEND={backend} " if backend else ""
 
 
 def _launch(facts):

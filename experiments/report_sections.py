@@ -8,7 +8,6 @@ from experiments import report_comparison
 from experiments import report_figures
 from experiments import report_studies
 from experiments import report_summaries
-from experiments import same_settings
 from experiments.report_html import escape
 from experiments.report_html import paragraphs
 from experiments.report_html import section
@@ -18,15 +17,6 @@ from experiments.report_regeneration import settings_of
 from experiments.report_summaries import Contents
 from experiments.studies import study
 
-# Settings in which a run can depart from the article, and the article's.
-_ARTICLE_SETTINGS = {
-    "input": "raw",
-    "shuffle": False,
-    "optimizer": "adam",
-    "optimizer_epsilon": article.ADAM_EPSILON,
-    "learning_rate": article.LEARNING_RATE,
-    "batch_size": article.BATCH_SIZE,
-}
 # A published step this near to ours, relative to ours, is the same to us.
 _MATCHING_STEPS = 0.05
 
@@ -51,15 +41,18 @@ def page_sections(
     study_chapters, files = report_studies.chapters(studied)
     control_chapters, drawn = report_comparison.control_chapters(found)
     files |= drawn
+    runs = [run for x in found for own in x.runs.values() for run in own]
+    of_controls = ""
+    if runs:
+        of_controls = settings_of(runs, {}, "What made the control experiments")
     if contents is None:
-        runs = [run for x in found for own in x.runs.values() for run in own]
         title = "Batch normalization: what is claimed of it, measured"
         said = f"{len(studied)} studies of small networks."
         chapters = [summary, study_chapters]
         if runs:
             title = "Batch normalization in the article's CNN: controls"
             said = f"{len(runs)} runs of control experiments."
-            chapters += [control_chapters, settings_of(runs, {})]
+            chapters += [control_chapters, of_controls]
         introduction = paragraphs([said])
     else:
         title = f"Batch normalization in the article's CNN on {contents.data}"
@@ -81,6 +74,7 @@ def page_sections(
             study_chapters,
             section(f"Runs {on_data}", _runs(contents)),
             settings_of(contents.runs, {"data": contents.data}),
+            of_controls,
             section("How to make this report again", regenerate(contents)),
         ]
     return {
@@ -106,12 +100,7 @@ def _introduction(contents) -> str:
             "article, and its values are not shown."
         )
         return paragraphs(sentences)
-    departures = [
-        f"{name.replace('_', ' ')} {same_settings.describe(own)} (the "
-        f"article: {same_settings.describe(published)})"
-        for name, published in _ARTICLE_SETTINGS.items()
-        if (own := runs[0].facts.get(name, published)) != published
-    ]
+    departures = report_comparison.departures(contents)
     longest = max(run.facts["steps"] for run in runs)
     if longest < article.STEPS:
         departures.append(f"{longest:,} steps (the article: {article.STEPS:,})")
@@ -126,9 +115,15 @@ def _seeds(summary) -> str:
     text = str(len(summary.runs))
     if not summary.finished:
         return f"{text}, unfinished"
-    if summary.unfinished:
-        return f"{text} ({len(summary.unfinished)} more unfinished)"
-    return text
+    others = [
+        f"{len(runs)} more {words}"
+        for runs, words in (
+            (summary.unfinished, "unfinished"),
+            (summary.shorter, "of fewer steps"),
+        )
+        if runs
+    ]
+    return f"{text} ({', '.join(others)})" if others else text
 
 
 def _beside(mean, step, published) -> list[str]:
@@ -208,12 +203,12 @@ def _figure_notes(contents, limits) -> str:
         )
     if contents.curves is not None:
         sentences.append(
-            "Faint: the article's own curves, one run each, smoothed alike "
+            "Thin: the article's own curves, one run each, smoothed alike "
             f"over {points} points."
         )
     elif contents.compared:
         sentences.append(
-            "Faint diamonds: the article's values, one run each, means of 11 "
+            "Diamonds: the article's values, one run each, means of 11 "
             "points; those beyond the step axis are not shown."
         )
         if article.PUBLISHED_STEPS[0] > limits.last_step:

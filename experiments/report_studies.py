@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiments import report_figures
 from experiments import studies
+from experiments.report_html import commands
 from experiments.report_html import items
 from experiments.report_html import paragraphs
 from experiments.report_html import section
@@ -99,7 +100,10 @@ def _chapter(results, svg):
                 f"{_runs(results)} on {_data(results)}.",
             ]
         ),
-        f"<pre>python -m experiments.studies {study.name}</pre>",
+        commands(
+            f"python -m experiments.studies {study.name}",
+            f"Command of the study {study.name}",
+        ),
     )
 
 

@@ -24,10 +24,12 @@ class Summary:
 
     Attributes:
         condition: the `article.Condition`.
-        runs: those averaged: the finished ones, or where none is finished
-            all that have been evaluated.
+        runs: those averaged: of the finished ones those of the most steps,
+            or where none is finished those that are at least half as far as
+            the one that is furthest.
         unfinished: runs of the condition that are not finished, averaged or
             not.
+        shorter: finished runs of fewer steps, which are not averaged.
         steps: int array, the steps at which all of `runs` were evaluated.
         accuracies: test accuracy, 0 to 1, shaped (runs, steps).
     """
@@ -35,6 +37,7 @@ class Summary:
     condition: article.Condition
     runs: tuple[Run, ...]
     unfinished: tuple[Run, ...]
+    shorter: tuple[Run, ...]
     steps: np.ndarray
     accuracies: np.ndarray
 
@@ -94,8 +97,14 @@ def summarize(runs: Sequence[Run]) -> dict[int, Summary]:
     for number in sorted({run.condition.number for run in runs}):
         own = [run for run in runs if run.condition.number == number]
         unfinished = tuple(run for run in own if not run.finished)
-        averaged = [run for run in own if run.finished]
-        averaged = averaged or [run for run in own if len(run.steps)]
+        finished = [run for run in own if run.finished]
+        most = max((run.last_step for run in finished), default=0)
+        averaged = [run for run in finished if run.last_step == most]
+        if not finished:
+            half = max(run.last_step for run in own) / 2
+            averaged = [
+                r for r in own if len(r.steps) and r.last_step >= half
+            ]
         if not averaged:
             continue
         steps = averaged[0].steps
@@ -109,6 +118,7 @@ def summarize(runs: Sequence[Run]) -> dict[int, Summary]:
             condition=averaged[0].condition,
             runs=tuple(averaged),
             unfinished=unfinished,
+            shorter=tuple(r for r in finished if r.last_step < most),
             steps=steps,
             accuracies=np.stack(
                 [r.accuracies[np.isin(r.steps, steps)] for r in averaged]
@@ -232,19 +242,35 @@ class Contents:
     curves: dict[int, np.ndarray] | None
 
 
+def data_of(facts: dict) -> str:
+    """The data set of a run.json, its version and copy, in words."""
+    cifar10 = facts["dataset"] == "cifar10"
+    words = ["CIFAR-10" if cifar10 else facts["dataset"]]
+    if facts.get("dataset_version"):
+        words.append(facts["dataset_version"])
+    if facts.get("dataset_copy"):
+        words.append(f"({facts['dataset_copy']})")
+    return " ".join(words)
+
+
+class NothingEvaluatedError(ExperimentError):
+    """Runs have begun, and none has been evaluated; the message is one line."""
+
+
 def read_contents(
     results_dir: Path | str, published_curves: Path | str | None
 ) -> Contents:
     """Reads a folder of results, and the article's curves if given.
 
     Raises:
-        ExperimentError: there is nothing to report, a file is damaged, or
-            the runs were made with different settings.
+        NothingEvaluatedError: there is nothing to report yet.
+        ExperimentError: there are no runs, a file is damaged, or the runs
+            were made with different settings.
     """
     runs = result_files.read_runs(results_dir)
     summaries = summarize(runs)
     if not summaries:
-        raise ExperimentError(
+        raise NothingEvaluatedError(
             f"no run in {results_dir} has been evaluated yet; come back after "
             f"its first {runs[0].facts.get('eval_every', '')} steps"
         )
@@ -253,15 +279,10 @@ def read_contents(
         curves = read_published_curves(published_curves)
     facts = runs[0].facts
     compared = facts["dataset"] == "cifar10"
-    data = ["CIFAR-10" if compared else facts["dataset"]]
-    if facts.get("dataset_version"):
-        data.append(facts["dataset_version"])
-    if facts.get("dataset_copy"):
-        data.append(f"({facts['dataset_copy']})")
     return Contents(
         runs=runs,
         summaries=summaries,
-        data=" ".join(data),
+        data=data_of(facts),
         compared=compared,
         curves=curves if compared else None,
     )

@@ -16,6 +16,7 @@ def _summary(steps, accuracies, number=0):
         article.CONDITIONS[number],
         runs=tuple(accuracies),
         unfinished=(),
+        shorter=(),
         steps=np.array(steps),
         accuracies=np.array(accuracies, float),
     )
@@ -110,7 +111,11 @@ def test_rank_order_counts_pairs():
 
 def test_taus_between_seeds():
     ours = [[0.1, 0.3, 0.1], [0.2, 0.2, 0.2], [0.3, 0.1, 0.4]]
+    ours = [dict(enumerate(values)) for values in ours]
     assert comparison.taus_between_seeds(ours) == pytest.approx([-1, 1, -1])
+    # A seed that one condition lacks is not taken for its neighbour.
+    del ours[1][1]
+    assert comparison.taus_between_seeds(ours) == pytest.approx([1])
 
 
 def test_stability_finds_collapses_and_not_slopes():

@@ -110,6 +110,47 @@ def test_arms_may_differ_in_what_they_are_for_alone(tmp_path):
         controls.read(tmp_path)
 
 
+def test_runs_are_what_their_arm_says(tmp_path):
+    for number in (0, 9):
+        _write(tmp_path, "raw_fixed", number, 0, 0.5, input="standardized")
+    said = "raw_fixed has a run whose input is standardized; .* it is raw"
+    with pytest.raises(ExperimentError, match=said):
+        controls.read(tmp_path)
+
+
+def test_a_chapter_says_what_it_was_measured_on(tmp_path):
+    digits = {"dataset": "digits", "dataset_version": "1.7", "backend": "jax"}
+    _gaps(tmp_path, 0.1, 0.0, **digits)
+    run_files.write_run(tmp_path, 0, 0, [0.4, 0.5])
+    page = report.write_report(tmp_path).read_text()
+    assert "20 runs on digits 1.7 (a test&#x27;s copy)." in page
+    assert "the mean of the last 5 evaluations of 3,120 steps" in page
+    assert "Training took 50 to 50 seconds a run (jax, CPU:0)." in page
+    assert (
+        "KERAS_BACKEND=jax python -m experiments.reproduce "
+        "--preset=input_and_order --conditions=0,9 --seeds=5 "
+        "--dataset=digits --output=RESULTS<"
+    ) in page
+    made = page[page.index("What made the control experiments") :]
+    assert '<th scope="row">input</th><td>not the same in all<' in made
+    assert '<th scope="row">layer</th><td>keras_bn<' in made
+
+
+def test_runs_that_have_just_begun_are_passed_over(tmp_path):
+    arm = controls.folder(tmp_path, _CONTROL, _arm("raw_fixed"))
+    run_files.write_run(arm, 0, 0, [0.5], steps=400)
+    with pytest.raises(ExperimentError, match="has a finished run yet"):
+        report.write_report(tmp_path)
+    whole = tmp_path / "whole"
+    _gaps(whole, 0.1, 0.0)
+    # The folder of a lock, and a run without an evaluation.
+    other = controls.folder(whole, _CONTROL, _arm("raw_reshuffled"))
+    (other / "0/0").mkdir(parents=True)
+    run_files.write_run(whole, 0, 0, [])
+    page = report.write_report(whole).read_text()
+    assert "+10.0 points" in page
+
+
 def test_every_arm_is_a_setting_that_can_be_run():
     for control in controls.CONTROLS.values():
         names = {arm.name for arm in control.arms}

@@ -16,6 +16,7 @@ from experiments import ExperimentError
 from experiments import article
 from experiments import report
 from experiments import report_figures
+from experiments import report_plots
 from experiments import report_summaries
 from tests.experiments.run_files import write_run
 
@@ -142,6 +143,78 @@ def test_unfinished_runs_do_not_blur_finished_ones(tmp_path):
     assert states == ["finished"] + ["unfinished, of 400"] * 2
 
 
+def test_shorter_runs_do_not_cut_longer_ones(tmp_path):
+    """Finished and unfinished ones; and the command has both lengths."""
+    write_run(tmp_path, 3, 0, [0.41, 0.42, 0.43, 0.44])
+    write_run(tmp_path, 3, 1, [0.91, 0.92], steps=200)
+    write_run(tmp_path, 4, 0, [0.1, 0.2, 0.3])
+    write_run(tmp_path, 4, 1, [0.9])
+    page = report.write_report(tmp_path).read_text()
+    rows = accuracy_rows(page)
+    assert rows[3]["test accuracy"] == "0.4400"
+    assert rows[3]["seeds"] == "1 (1 more of fewer steps)"
+    assert (rows[4]["test accuracy"], rows[4]["at step"]) == ("0.3000", "300")
+    assert rows[4]["seeds"] == "1, unfinished"
+    assert "--steps=STEPS" in page
+    assert "STEPS is the run&#x27;s own: 200 or 400." in page
+
+
+def test_what_departs_from_the_article_is_said(tmp_path):
+    """In the introduction, and where a difference is explained."""
+    facts = {"steps": 3_000, "placement": "before", "eval_every": 500}
+    for seed, accuracy in enumerate((0.91, 0.92)):
+        own = {**facts, "dataset_copy": "PNG of TFDS"}
+        write_run(tmp_path, 3, seed, [accuracy] * 6, every=500, **own)
+        own = {**facts, "dataset_copy": "JPEG re-encoded"}
+        write_run(tmp_path / "jpeg", 3, seed, [accuracy] * 6, every=500, **own)
+    page = report.write_report(tmp_path).read_text()
+    assert page.count("placement before (the article: after)") == 2
+    assert "Condition 3 at 2,000: +0.309" in page
+    assert "JPEG" not in page
+    assert "of images not JPEG re-encoded" in (
+        report.write_report(tmp_path / "jpeg").read_text()
+    )
+
+
+def test_one_seed_and_several_are_told_apart(tmp_path):
+    facts = {"steps": 3_000, "eval_every": 500, "every": 500}
+    write_run(tmp_path, 0, 0, [0.1, 0.2, 0.3, 0.4, 0.5, 0.5], **facts)
+    for seed, accuracy in enumerate((0.91, 0.92)):
+        write_run(tmp_path, 3, seed, [accuracy] * 6, **facts)
+    page = report.write_report(tmp_path).read_text()
+    assert "0 of 1 values of several seeds lie within the spread" in page
+    assert "1 of 1 values of one seed, whose spread is wide" in page
+
+
+def test_numbers_in_figures_keep_their_digits():
+    svg = report_plots.draw_dots(
+        "name", [("weight 0.001", {0: 0.5123, 1: 0.5178})]
+    )
+    assert ">weight 0.001<" in svg
+    ticks = re.findall(r">(0\.\d+)</text>", svg)
+    steps = np.diff([float(tick) for tick in ticks])
+    assert len(ticks) > 2
+    np.testing.assert_allclose(steps, steps[0])
+    # Coordinates are short.
+    assert not re.search(r"<path[^>]*\d\.\d{3}", svg)
+
+
+def test_what_scrolls_can_be_scrolled_by_keyboard(tmp_path):
+    for number in range(12):
+        for seed in range(2):
+            accuracies = np.linspace(0.1, 0.5 + seed / 100, 30).tolist()
+            write_run(tmp_path, number, seed, accuracies, steps=3_000)
+    page = _Page(report.write_report(tmp_path).read_text())
+    scrolled = page.tags.count("table") + page.tags.count("pre")
+    assert scrolled == 7
+    found = {
+        name: [v for tag, n, v in page.attributes if n == name and tag != "svg"]
+        for name in ("tabindex", "aria-label")
+    }
+    assert found["tabindex"] == ["0"] * scrolled
+    assert len(set(found["aria-label"])) == scrolled
+
+
 def test_digits_are_never_compared_with_the_article(tmp_path):
     digits = {"dataset": "digits", "dataset_version": "1.7"}
     for name, facts in (("cifar10", {}), ("digits", digits)):
@@ -209,6 +282,7 @@ def test_axes_are_the_articles_where_the_data_fills_them():
             condition=article.CONDITIONS[0],
             runs=(),
             unfinished=(),
+            shorter=(),
             steps=steps,
             accuracies=accuracies,
         )
@@ -431,7 +505,7 @@ def test_curves_that_are_none_are_refused(tmp_path):
 def test_the_command_that_repeats_a_run(tmp_path, facts, before, after):
     write_run(tmp_path, 0, 0, [0.1, 0.2], synchronized=False, **facts)
     page = report.write_report(tmp_path).read_text()
-    (commands,) = re.findall("<pre>(.*?)</pre>", page, flags=re.DOTALL)
+    (commands,) = re.findall("<pre.*?>(.*?)</pre>", page, flags=re.DOTALL)
     command = html.unescape(commands).splitlines()[0]
     backend = facts.get("backend", "tensorflow")
     assert command == (
