@@ -18,6 +18,18 @@ from experiments.report_summaries import Contents
 from experiments.result_files import Run
 from experiments.run_settings import Settings
 
+# Those of `train` and `reproduce` alike that take a value.
+_FLAGS = (
+    "steps",
+    "eval_every",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "input",
+    "layer",
+    "placement",
+)
+
 
 def settings_of(
     runs: Sequence[Run],
@@ -66,18 +78,7 @@ def regenerate(contents: Contents) -> str:
     lengths = sorted({run.facts["steps"] for run in contents.runs})
     train = [*launch, "-m", "experiments.train"]
     train += ["--condition=N", "--seed=N", "--output=RESULTS"]
-    for name in (
-        "dataset",
-        "steps",
-        "eval_every",
-        "batch_size",
-        "optimizer",
-        "learning_rate",
-        "input",
-        "layer",
-        "placement",
-        "distribution",
-    ):
+    for name in ("dataset", *_FLAGS, "distribution"):
         if name == "steps" and len(lengths) > 1:
             train.append("--steps=STEPS")
             explained.append(
@@ -125,16 +126,7 @@ def regenerate_control(results: controls.Results) -> str:
         command += [f"--conditions={','.join(map(str, conditions))}"]
     command += [f"--seeds={1 + max(run.seed for run in runs)}"]
     command += [f"--dataset={facts['dataset']}", "--output=RESULTS"]
-    for name in (
-        "steps",
-        "eval_every",
-        "batch_size",
-        "optimizer",
-        "learning_rate",
-        "input",
-        "layer",
-        "placement",
-    ):
+    for name in _FLAGS:
         own = facts.get(name, usual[name])
         if name not in control.changed and own != usual[name]:
             command.append(f"--{name}={own}")
