@@ -133,7 +133,31 @@ def _explanation(one: AtStep, contents) -> str:
     )
     own = departures(contents)
     said += f"; and {', '.join(own)}. " if own else ". "
-    return f"{said}Which of them it is these runs cannot tell."
+    summary = contents.summaries[one.number]
+    first, last = article.PUBLISHED_SPANS[one.step]
+    there = summary.accuracies[
+        :, (summary.steps >= first) & (summary.steps <= last)
+    ]
+    said += (
+        "Which of them it is these runs cannot tell. Their evaluations there "
+        f"lie between {there.min():.3f} and {there.max():.3f}."
+    )
+    pairs = _moving_and_recalibrated(summary)
+    if not pairs:
+        return said
+    moving, recalibrated = np.mean(pairs, axis=0)
+    said += (
+        f" They end at {moving:.3f} with moving and at {recalibrated:.3f} with "
+        "recalibrated statistics."
+    )
+    # Weights of the end say nothing of steps long before it.
+    late = last > summary.steps[-1] / 2
+    if late and one.mean < one.published < recalibrated:
+        said += (
+            " So their weights reach what the article has here; the moving "
+            "average falls short of it."
+        )
+    return said
 
 
 def _rank_order(contents) -> str:
@@ -210,12 +234,7 @@ def _rank_order(contents) -> str:
 def _recalibrated(contents) -> str:
     rows = []
     for number, summary in contents.summaries.items():
-        pairs = [
-            (float(run.accuracies[-1]), run.recalibrated)
-            for run in summary.runs
-            if run.recalibrated is not None
-        ]
-        if pairs:
+        if pairs := _moving_and_recalibrated(summary):
             moving, recalibrated = np.mean(pairs, axis=0)
             rows.append(
                 [
@@ -241,6 +260,15 @@ def _recalibrated(contents) -> str:
             rows,
         ),
     )
+
+
+def _moving_and_recalibrated(summary) -> list[tuple[float, float]]:
+    """Of each run that has both, its accuracies at the end."""
+    return [
+        (float(run.accuracies[-1]), run.recalibrated)
+        for run in summary.runs
+        if run.recalibrated is not None
+    ]
 
 
 def _stability(contents) -> str:

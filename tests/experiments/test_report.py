@@ -176,6 +176,34 @@ def test_what_departs_from_the_article_is_said(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("recalibrated", "more", "said"),
+    # With 6 more, 5,000 steps are compared too, and are the late ones.
+    [(0.7, 0, 1), (0.7, 6, 1), (0.6, 0, 0), (None, 0, 0)],
+)
+def test_a_difference_is_laid_to_the_moving_average_where_it_is(
+    tmp_path, recalibrated, more, said
+):
+    """Condition 7 has 0.637 in the article around step 2,000."""
+    facts = {"steps": 3_000 + 500 * more, "eval_every": 500, "every": 500}
+    for seed in range(2):
+        accuracies = [0.1, 0.5, 0.4, 0.45, 0.5]
+        accuracies += (more + 1) * [0.49 + seed / 100]
+        folder = write_run(tmp_path, 7, seed, accuracies, **facts)
+        if recalibrated:
+            (folder / "recalibrated.json").write_text(
+                json.dumps({"test_accuracy": recalibrated})
+            )
+    page = report.write_report(tmp_path).read_text()
+    assert "evaluations there lie between 0.400 and 0.500" in page
+    assert page.count("weights reach what the article has here") == said
+    if recalibrated:
+        assert (
+            f"end at 0.495 with moving and at {recalibrated:.3f} with "
+            "recalibrated statistics" in page
+        )
+
+
 def test_one_seed_and_several_are_told_apart(tmp_path):
     facts = {"steps": 3_000, "eval_every": 500, "every": 500}
     write_run(tmp_path, 0, 0, [0.1, 0.2, 0.3, 0.4, 0.5, 0.5], **facts)
