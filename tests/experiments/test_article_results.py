@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments import article
 from experiments import comparison
@@ -75,6 +76,38 @@ def test_a_row_says_what_the_files_do(row):
         for path in _RESULTS.glob(f"{number}/*/recalibrated.json")
     ]
     assert recalibrated == (f"{np.mean(answers):.3f}" if answers else "none")
+
+
+@pytest.mark.parametrize(
+    ("step", "words"), [(2_000, "at 2,000 steps {}"), (5_000, "{} at 5,000")]
+)
+def test_the_order_of_the_conditions_is_the_one_told(step, words):
+    """By SciPy, and `README.md` has line breaks anywhere."""
+    ours = [np.mean(_means(number, step)) for number in range(12)]
+    published = [article.PUBLISHED[n].at_step[step] for n in range(12)]
+    told = " ".join(_README.split())
+    tau = stats.kendalltau(ours, published).statistic
+    assert words.format(f"{tau:.2f}") in told
+    without, with_it = ours[:3], ours[3:]
+    assert (max(without) < min(with_it)) == (
+        "All three conditions without batch normalization rank below all nine "
+        "with it, at both steps." in told
+    )
+
+
+def test_how_far_the_conditions_are_off_is_told():
+    off = {
+        n: np.mean(_means(n, 5_000)) - article.PUBLISHED[n].at_step[5_000]
+        for n in range(12)
+    }
+    within = sum(abs(x) <= 0.03 for x in off.values())
+    told = " ".join(_README.split())
+    assert f"{within} of 12 values are within 0.03" in told
+    farthest = max(off, key=lambda n: abs(off[n]))
+    side = "below" if off[farthest] < 0 else "above"
+    assert (
+        f"Condition {farthest} is {abs(off[farthest]):.3f} {side} it" in told
+    )
 
 
 def test_the_report_has_the_same_numbers():
