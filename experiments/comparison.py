@@ -36,6 +36,7 @@ class AtStep:
             steps that the article's 11 points span.
         deviation: standard deviation of those means over the seeds (n - 1);
             of one seed, that of its evaluations.
+        low, high: the lowest and the highest of all those evaluations.
         seeds: how many there are.
         points: how many evaluations of a seed.
         complete: whether they reach to the end of that span.
@@ -47,6 +48,8 @@ class AtStep:
     step: int
     mean: float
     deviation: float
+    low: float
+    high: float
     seeds: int
     points: int
     complete: bool
@@ -85,6 +88,8 @@ def at_published_steps(summary: Summary) -> list[AtStep]:
                 step=step,
                 mean=float(means.mean()),
                 deviation=_deviation(spread),
+                low=float(own.min()),
+                high=float(own.max()),
                 seeds=len(means),
                 points=int(within.sum()),
                 # Within the last interval between two evaluations.

@@ -133,15 +133,11 @@ def _explanation(one: AtStep, contents) -> str:
     )
     own = departures(contents)
     said += f"; and {', '.join(own)}. " if own else ". "
-    summary = contents.summaries[one.number]
-    first, last = article.PUBLISHED_SPANS[one.step]
-    there = summary.accuracies[
-        :, (summary.steps >= first) & (summary.steps <= last)
-    ]
     said += (
         "Which of them it is these runs cannot tell. Their evaluations there "
-        f"lie between {there.min():.3f} and {there.max():.3f}."
+        f"lie between {one.low:.3f} and {one.high:.3f}."
     )
+    summary = contents.summaries[one.number]
     pairs = _moving_and_recalibrated(summary)
     if not pairs:
         return said
@@ -151,6 +147,7 @@ def _explanation(one: AtStep, contents) -> str:
         "recalibrated statistics."
     )
     # Weights of the end say nothing of steps long before it.
+    _, last = article.PUBLISHED_SPANS[one.step]
     late = last > summary.steps[-1] / 2
     if late and one.mean < one.published < recalibrated:
         said += (
