@@ -86,21 +86,26 @@ def _variables(model):
     )
 
 
-def _report(labels, logits):
-    """Returns the mean loss and accuracy of a batch."""
+def _report(labels, logits, own_losses):
+    """Returns the mean loss and accuracy of a batch, as Keras does.
+
+    What the layers add to the loss, as `add_loss` and regularizers do, is in
+    it.
+    """
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     right = jnp.argmax(logits, axis=-1) == labels
-    return loss(labels, logits), jnp.mean(right.astype(jnp.float32))
+    total = sum(own_losses, loss(labels, logits))
+    return total, jnp.mean(right.astype(jnp.float32))
 
 
 def _compiled_steps(model: keras.Model, prepare: Callable) -> Callable:
     optimizer = model.optimizer
 
     def loss_and_rest(trainable, others, images, labels):
-        logits, others = model.stateless_call(
-            trainable, others, images, training=True
+        logits, others, own_losses = model.stateless_call(
+            trainable, others, images, training=True, return_losses=True
         )
-        loss, accuracy = _report(labels, logits)
+        loss, accuracy = _report(labels, logits, own_losses)
         return loss, (others, accuracy)
 
     def take(state, images, labels, rows, count):
@@ -139,8 +144,10 @@ def _compiled_test(model, images, labels):
     @jax.jit
     def test(weights, part):
         def one(batch):
-            logits, _ = model.stateless_call(*weights, batch[0], training=False)
-            return jnp.stack(_report(batch[1], logits))
+            logits, _, own_losses = model.stateless_call(
+                *weights, batch[0], training=False, return_losses=True
+            )
+            return jnp.stack(_report(batch[1], logits, own_losses))
 
         return jax.lax.map(one, part)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import keras
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from experiments import run_model
 from experiments import train
 from experiments.distribution.workers import Workers
 from experiments.run_settings import Settings
+from experiments.studies import study_layers
 
 # Condition 11 has all there is: moving statistics and dropout's generator.
 _SETTINGS = Settings(
@@ -75,6 +77,40 @@ def test_steps_and_evaluation_are_those_of_keras(few):
     np.testing.assert_array_equal(state[1], keras_state[1])
     for expected, value in zip(keras_state[0], state[0], strict=True):
         np.testing.assert_allclose(value, expected, rtol=2e-2, atol=2e-3)
+
+
+def test_what_layers_add_to_the_loss_is_trained_on(few):
+    """A penalty in training alone, and a regularizer, in test too."""
+    batches = data.Batches(few, 4, "standardized", shuffle=False, seed=0)
+    images = batches.prepare(few.test_images)
+    found = []
+    for workers in (Workers(), device_loop.DeviceLoop()):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [
+                keras.Input(images.shape[1:]),
+                keras.layers.Flatten(),
+                study_layers.MomentsPenalty(10.0),
+                keras.layers.Dense(10, kernel_regularizer="l2"),
+            ]
+        )
+        model.compile(
+            "sgd",
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+        workers.start(model, lambda: None)
+        reports = workers.take_steps(batches, 0, 1)
+        reports += workers.take_steps(batches, 1, 2)
+        workers.collect()
+        tested = workers.evaluate(images, few.test_labels)
+        found.append((reports, tested, model.get_weights()))
+    (keras_reports, keras_test, keras_weights), (reports, test, weights) = found
+    for expected, report in zip(keras_reports, reports, strict=True):
+        assert report == pytest.approx(expected, rel=1e-4)
+    assert test == pytest.approx(keras_test, rel=1e-4)
+    for expected, value in zip(keras_weights, weights, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_killed_run_is_the_undisturbed_run(few, tmp_path, monkeypatch):
