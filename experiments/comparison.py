@@ -33,15 +33,15 @@ class AtStep:
         number: of the condition.
         step: one of `article.PUBLISHED_STEPS`.
         mean: over seeds, of each one's mean of the evaluations within the
-            steps that the article's 11 points span.
+            steps that the article's points span.
         deviation: standard deviation of those means over the seeds (n - 1);
             of one seed, that of its evaluations.
         low, high: the lowest and the highest of all those evaluations.
         seeds: how many there are.
         points: how many evaluations of a seed.
         complete: whether they reach to the end of that span.
-        published, published_deviation: mean of the article's 11 points (of
-            one run), and their standard deviation.
+        published, published_deviation: mean of the article's points there,
+            11 or at the end 10 (of one run), and their standard deviation.
     """
 
     number: int

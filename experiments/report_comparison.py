@@ -1,5 +1,4 @@
-"""The chapters of the report that compare: with the article, and by control.
-"""
+"""The chapters of the report that compare: with the article, and by control."""
 
 import numpy as np
 
@@ -67,7 +66,7 @@ def _published(contents) -> str:
         table(
             f"At the article's steps on {contents.data}. "
             "Condition and step. The article's value is the mean of 11 points "
-            "of one run, its deviation theirs; ours the mean of the "
+            "of one run (at the end of 10), its deviation theirs; ours the mean of the "
             "evaluations within the steps that those points span, its "
             "deviation that over the seeds (of one seed, over its "
             "evaluations). Within: the difference is at most twice the root "

@@ -102,9 +102,7 @@ def summarize(runs: Sequence[Run]) -> dict[int, Summary]:
         averaged = [run for run in finished if run.last_step == most]
         if not finished:
             half = max(run.last_step for run in own) / 2
-            averaged = [
-                r for r in own if len(r.steps) and r.last_step >= half
-            ]
+            averaged = [r for r in own if len(r.steps) and r.last_step >= half]
         if not averaged:
             continue
         steps = averaged[0].steps
@@ -194,12 +192,12 @@ def published_at(
         of the 11 published points around the nearest one (fewer at the
         beginning, the last 11 at the end), at that one's step. Without, the
         value interpolated linearly between the steps of the article's
-        table, its last 10 points taken to stand at its last step; before
-        the first of these steps, the value there. None where the curves
+        table; before the first of them, the value there. None where the curves
         lack the condition.
     """
     if curves is None:
-        steps, accuracies = published_points(number)
+        at_step = article.PUBLISHED[number].at_step
+        steps, accuracies = list(at_step), list(at_step.values())
         step = int(np.clip(step, steps[0], steps[-1]))
         return float(np.interp(step, steps, accuracies)), step
     if number not in curves:
@@ -211,15 +209,6 @@ def published_at(
     stop = min(nearest + half + 1, len(steps))
     window = accuracies[max(0, stop - 2 * half - 1) : stop]
     return float(window.mean()), int(steps[nearest])
-
-
-def published_points(number: int) -> tuple[list[int], list[float]]:
-    """Steps and accuracies of the article's table, its end included."""
-    published = article.PUBLISHED[number]
-    return (
-        [*published.at_step, article.STEPS],
-        [*published.at_step.values(), published.last_10_points],
-    )
 
 
 @dataclasses.dataclass(frozen=True)

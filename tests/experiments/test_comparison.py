@@ -53,6 +53,16 @@ def test_steps_that_were_not_reached_are_left_out():
     assert not one.complete
 
 
+def test_a_run_of_the_articles_length_is_compared_at_its_end():
+    steps = range(156, article.STEPS + 1, 156)
+    found = comparison.at_published_steps(_summary(steps, [[0.5] * 1_000]))
+    assert tuple(x.step for x in found) == article.PUBLISHED_STEPS
+    assert found[-1].step == article.STEPS
+    assert found[-1].published == 0.568
+    assert found[-1].complete
+    assert found[-1].points == 7
+
+
 @pytest.mark.parametrize(("off", "flagged"), [(0.11, False), (0.13, True)])
 def test_a_difference_is_flagged_beyond_both_spreads(off, flagged):
     # Condition 0 at 2,000 has 0.469 with a deviation of 0.0548.
