@@ -25,7 +25,6 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -36,6 +35,7 @@ from experiments import ExperimentError
 from experiments import atomic
 from experiments import child_process
 from experiments import launch
+from experiments import machine
 from experiments.benchmark_candidates import OPERATIONS
 from experiments.benchmark_candidates import PEERS
 from experiments.benchmark_candidates import has_peer
@@ -292,14 +292,6 @@ def compare_training_steps(steps: dict[str, dict]) -> dict[str, dict]:
 
 def describe_machine() -> dict:
     """The processor, the system and the versions of the packages."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass  # Not Linux; what the platform module says must do.
     packages = {}
     for name in _PACKAGES:
         try:
@@ -307,7 +299,7 @@ def describe_machine() -> dict:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "cpu": cpu,
+        "cpu": machine.processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping
 from collections.abc import Sequence
 
 from experiments import controls
@@ -15,6 +14,7 @@ from experiments.report_html import escape
 from experiments.report_html import paragraphs
 from experiments.report_html import section
 from experiments.report_summaries import Contents
+from experiments.report_summaries import data_of
 from experiments.result_files import Run
 from experiments.run_settings import Settings
 
@@ -32,20 +32,18 @@ _FLAGS = (
 
 
 def settings_of(
-    runs: Sequence[Run],
-    facts: Mapping[str, str],
-    title: str = "What made these results",
+    runs: Sequence[Run], title: str = "What made these results"
 ) -> str:
     """The section on what made the results.
 
     Args:
         runs: at least one.
-        facts: name -> text of what is known of them all already.
         title: of the section.
     """
-    facts = dict(facts)
+    data = dict.fromkeys(data_of(run.facts) for run in runs)
+    facts = {"data": "; ".join(data)}
     for name in same_settings.SETTINGS + same_settings.CIRCUMSTANCES:
-        if not (facts and name.startswith("dataset")):
+        if not name.startswith("dataset"):
             values = [run.facts.get(name) for run in runs]
             text = same_settings.describe(values[0])
             if name in same_settings.SETTINGS and any(
@@ -54,8 +52,7 @@ def settings_of(
                 text = "not the same in all"
             facts[name.replace("_", " ")] = text
     rows = "\n".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td>'
-        "</tr>"
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
         for name, value in facts.items()
     )
     notes = same_settings.differing_circumstances(runs)

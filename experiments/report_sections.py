@@ -44,7 +44,7 @@ def page_sections(
     runs = [run for x in found for own in x.runs.values() for run in own]
     of_controls = ""
     if runs:
-        of_controls = settings_of(runs, {}, "What made the control experiments")
+        of_controls = settings_of(runs, "What made the control experiments")
     if contents is None:
         title = "Batch normalization: what is claimed of it, measured"
         said = f"{len(studied)} studies of small networks."
@@ -73,7 +73,7 @@ def page_sections(
             control_chapters,
             study_chapters,
             section(f"Runs {on_data}", _runs(contents)),
-            settings_of(contents.runs, {"data": contents.data}),
+            settings_of(contents.runs),
             of_controls,
             section("How to make this report again", regenerate(contents)),
         ]
@@ -126,14 +126,16 @@ def _seeds(summary) -> str:
     return f"{text} ({', '.join(others)})" if others else text
 
 
-def _beside(mean, step, published) -> list[str]:
-    """The article's accuracy, and ours less it where the steps match."""
+def _beside(mean, step, smoothed, published) -> list[str]:
+    """The article's accuracy, and ours less it where like stands by like."""
     if published is None:
         return ["–", "–"]
     accuracy, published_step = published
     if abs(published_step - step) > _MATCHING_STEPS * step:
         return [f"{accuracy:.4f} at step {published_step:,}", "–"]
-    return [f"{accuracy:.4f}", f"{mean - accuracy:+.4f}"]
+    # One evaluation is off by what the moving average happens to be.
+    difference = f"{mean - accuracy:+.4f}" if smoothed else "–"
+    return [f"{accuracy:.4f}", difference]
 
 
 def _accuracies(contents) -> str:
@@ -155,10 +157,12 @@ def _accuracies(contents) -> str:
             else " Article (one run of each condition): interpolated linearly "
             "at our step between the steps of its table, "
             f"{', '.join(f'{s:,}' for s in article.PUBLISHED_STEPS)} (means "
-            f"of 11 points) and {article.STEPS:,} (mean of the last 10)"
+            "of 11 points, the last of 10)"
         )
         caption += (
-            "; where that lies elsewhere its step is given, and no difference."
+            "; where that lies elsewhere its step is given. No difference is "
+            "given there, nor of a single evaluation from a mean: at the "
+            "article's steps, below, like is compared with like."
         )
     headings += ["at step", "seeds"]
     rows = []
@@ -176,6 +180,7 @@ def _accuracies(contents) -> str:
             row += _beside(
                 mean,
                 step,
+                summary.smoothed,
                 report_summaries.published_at(number, step, contents.curves),
             )
         rows.append([*row, f"{step:,}", _seeds(summary)])
@@ -284,13 +289,14 @@ def _runs(contents) -> str:
                 if run.finished
                 else f"unfinished, of {run.facts['steps']:,}",
                 "–" if seconds is None else f"{seconds:,.0f}",
+                "–" if run.eval_seconds is None else f"{run.eval_seconds:,.0f}",
                 "–" if speed is None else f"{speed:,.0f}",
             ]
         )
     return table(
-        f"Every run on {contents.data}. Training time leaves out evaluation; "
-        "images per second is the median over the stretches between "
-        "evaluations.",
+        f"Every run on {contents.data}. Training time leaves out evaluation, "
+        "which by default is rarer than the article's, every 50 steps; images "
+        "per second is the median over the stretches between evaluations.",
         (
             "ID",
             "seed",
@@ -298,6 +304,7 @@ def _runs(contents) -> str:
             "at step",
             "state",
             "training, seconds",
+            "evaluation, seconds",
             "images per second",
         ),
         rows,

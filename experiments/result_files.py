@@ -56,9 +56,9 @@ _OPTIONAL_FACTS = {
     **dict.fromkeys(("dataset_version", "dataset_copy"), _TEXT),
     **dict.fromkeys(("input", "layer", "optimizer", "backend"), _TEXT),
     **dict.fromkeys(
-        ("device", "revision", "distribution", "placement"), _TEXT
+        ("device", "processor", "revision", "distribution", "placement"), _TEXT
     ),
-    **dict.fromkeys(("eval_every", "batch_size", "replicas"), _COUNT),
+    **dict.fromkeys(("eval_every", "batch_size", "replicas", "cores"), _COUNT),
     "learning_rate": _NUMBER,
     "optimizer_epsilon": (
         "a number or null",
@@ -77,7 +77,9 @@ _OPTIONAL_FACTS = {
 # What recalibration makes of the trained weights; beside the weights.
 RECALIBRATED = "recalibrated.json"
 _METRICS = {"test_accuracy": _SHARE}
-_TIMING = {"train_seconds": _AMOUNT, "images_per_second": _AMOUNT}
+_TIMING = dict.fromkeys(
+    ("train_seconds", "eval_seconds", "images_per_second"), _AMOUNT
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Run:
         steps: int array, training steps at which it was evaluated.
         accuracies: float array of the same length, test accuracy, 0 to 1.
         train_seconds: time spent in training steps, or None if not kept.
+        eval_seconds: time spent in evaluations, or None if not kept.
         images_per_second: median over the stretches between evaluations, or
             None.
         recalibrated: test accuracy of the trained weights with statistics of
@@ -103,6 +106,7 @@ class Run:
     steps: np.ndarray
     accuracies: np.ndarray
     train_seconds: float | None
+    eval_seconds: float | None
     images_per_second: float | None
     recalibrated: float | None = None
 
@@ -333,6 +337,7 @@ def _read_run(path: Path) -> Run:
         steps=np.array([row["step"] for row in metrics], int),
         accuracies=np.array([row["test_accuracy"] for row in metrics], float),
         train_seconds=sum(row["train_seconds"] for row in timing) or None,
+        eval_seconds=sum(row["eval_seconds"] for row in timing) or None,
         images_per_second=float(np.median(speeds)) if speeds else None,
         recalibrated=_read_recalibrated(folder),
     )

@@ -36,7 +36,7 @@ SETTINGS = (
     "synchronized",
 )
 # What may differ from run to run, but is then said.
-CIRCUMSTANCES = ("device", "packages", "revision")
+CIRCUMSTANCES = ("device", "processor", "cores", "packages", "revision")
 # What runs were that say nothing of it: there was no choice yet.
 BEFORE = {
     "distribution": "none",

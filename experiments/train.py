@@ -29,6 +29,7 @@ from experiments import data
 from experiments import distribution
 from experiments import gpu_check
 from experiments import launch
+from experiments import machine
 from experiments import require_backend
 from experiments import result_files
 from experiments import run_folder
@@ -148,8 +149,6 @@ def describe(
 
     optimizer = run_model.make_optimizer(settings)
     backend = keras.backend.backend()
-    # Every backend's tensors know their device; TensorFlow's name is a path.
-    device = str(keras.ops.zeros(()).device).rsplit("device:", 1)[-1]
     return {
         **dataclasses.asdict(settings),
         "replicas": replicas,
@@ -159,7 +158,9 @@ def describe(
         "dataset_version": dataset.version,
         "dataset_copy": dataset.copy,
         "backend": backend,
-        "device": device,
+        "device": machine.device(),
+        "processor": machine.processor(),
+        "cores": machine.usable_cores(),
         "packages": {
             "python": platform.python_version(),
             "keras": keras.__version__,
@@ -233,9 +234,7 @@ def define_flags() -> None:
         "gpu_check: check and time TensorFlow on this machine's GPU; no "
         "condition is given, and nothing is written.",
     )
-    flags.DEFINE_integer(
-        "condition", None, "The article's number, 0 to 11."
-    )
+    flags.DEFINE_integer("condition", None, "The article's number, 0 to 11.")
     flags.DEFINE_integer("seed", 0, "Of kernels, dropout and shuffling.")
     distribution.define_flags()
     run_settings.define_flags()

@@ -35,7 +35,12 @@ def write_run(
         metrics.append(json.dumps(step | {"test_accuracy": accuracy}))
         timing.append(
             json.dumps(
-                step | {"train_seconds": 2.5, "images_per_second": 1234.0}
+                step
+                | {
+                    "train_seconds": 2.5,
+                    "eval_seconds": 0.5,
+                    "images_per_second": 1234.0,
+                }
             )
         )
     (folder / "metrics.jsonl").write_text(

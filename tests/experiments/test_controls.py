@@ -134,6 +134,7 @@ def test_a_chapter_says_what_it_was_measured_on(tmp_path):
     made = page[page.index("What made the control experiments") :]
     assert '<th scope="row">input</th><td>not the same in all<' in made
     assert '<th scope="row">layer</th><td>keras_bn<' in made
+    assert '<th scope="row">data</th><td>digits 1.7 (a test' in made
 
 
 def test_runs_that_have_just_begun_are_passed_over(tmp_path):

@@ -36,7 +36,8 @@ if _BACKEND == "tensorflow":
         assert lines[0].endswith("agrees (1%)")
         assert lines[1].endswith("agrees (10%)")
         speed, bare = (float(x) for x in lines[2].split() if x.isdecimal())
-        assert 0 <= speed and 0 <= bare
+        # Computing alone is a part of the step.
+        assert 0 < speed < 10 * bare
 
     def test_other_losses_are_said(monkeypatch):
         losses = iter([({0: 2.3, 10: 1.0}), ({0: 2.3, 10: 1.2})])

@@ -36,6 +36,8 @@ def _description(**changes):
         "dataset": "digits",
         "steps": 5,
         "device": "a device",
+        "processor": "a processor",
+        "cores": 2,
         "packages": {"keras": "3"},
         "revision": "one",
         **changes,
@@ -100,7 +102,12 @@ def _metrics(step):
 
 
 def _timing(step):
-    return {"step": step, "train_seconds": 1.0, "images_per_second": 9.0}
+    return {
+        "step": step,
+        "train_seconds": 1.0,
+        "eval_seconds": 1.0,
+        "images_per_second": 9.0,
+    }
 
 
 @pytest.fixture

@@ -143,10 +143,15 @@ def test_run_json_says_what_made_the_run(undisturbed):
         "dataset_version",
         "dataset_copy",
         "device",
+        "processor",
+        "cores",
         "packages",
         "revision",
     }
     assert "pu" in facts["device"].lower()  # CPU:0, cuda:0, TFRT_CPU_0
+    assert facts["processor"]
+    # Of the fixture's process, in whatever cores this one may use.
+    assert 1 <= facts["cores"] <= os.cpu_count()
 
 
 def test_tensorboard_logs_have_the_metrics(undisturbed):

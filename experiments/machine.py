@@ -1,0 +1,54 @@
+"""What a program runs on: processor, usable cores, device."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+
+def processor() -> str:
+    """Returns the name of the processor."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # Not Linux; what the platform module says must do.
+    return name
+
+
+def usable_cores() -> int:
+    """Returns how many cores this process may run on, as `taskset` set it."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def device() -> str:
+    """Returns Keras's device, as CPU:0, and what it is if it is a GPU."""
+    import keras
+
+    # Every backend's tensors know their device; TensorFlow's name is a path.
+    name = str(keras.ops.zeros(()).device).rsplit("device:", 1)[-1]
+    if "cpu" in name.lower():
+        return name
+    return f"{name}, {_accelerator(keras.backend.backend())}"
+
+
+def _accelerator(backend):
+    if backend == "jax":
+        import jax
+
+        return jax.devices()[0].device_kind
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.get_device_name()
+    import tensorflow as tf
+
+    found = tf.config.list_physical_devices("GPU")[0]
+    details = tf.config.experimental.get_device_details(found)
+    return details.get("device_name", "GPU of unknown name")
