@@ -1,9 +1,11 @@
 """The control experiments: what else the article's gap may be due to.
 
 Each is a small grid of runs, `<results>/controls/<name>/<arm>/<condition>/
-<seed>/`, whose arms differ in one or two settings, and a few claims. A claim
-is a sum of accuracies less another, of the same seeds; what it comes to, and
-its confidence interval over the seeds, makes the sentence of the report.
+<seed>/`, whose arms differ in one or two settings, and a few claims. The arm
+of the article's own settings is the same in all of them, so its runs are in
+`<results>/controls/article/`, trained once. A claim is a sum of
+accuracies less another, of the same seeds; what it comes to, and its
+confidence interval over the seeds, makes the sentence of the report.
 """
 
 import dataclasses
@@ -27,6 +29,10 @@ EVAL_EVERY = 2 * article.BATCHES_PER_EPOCH // 5
 # off by what the moving average happens to be.
 LAST_EVALUATIONS = 5
 FOLDER = "controls"
+# Of the runs with the article's settings, which no control changes.
+ARTICLE = "article"
+# Without batch normalization these change nothing.
+_OF_BATCH_NORM = {"layer", "placement"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,12 @@ class Arm:
     name: str
     words: str
     changes: Mapping[str, object]
+
+    def differs_in(self, number: int) -> bool:
+        """Whether a condition's network, or its training, is another here."""
+        if article.condition(number).batch_norm != "none":
+            return True
+        return not self.changes or not self.changes.keys() <= _OF_BATCH_NORM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +223,9 @@ CONTROLS = {
                 Arm(
                     f"rate_{rate:g}",
                     f"learning rate {rate:g}",
-                    {"learning_rate": rate},
+                    {}
+                    if rate == article.LEARNING_RATE
+                    else {"learning_rate": rate},
                 )
                 for rate in (1e-4, 1e-3, 1e-2)
             ),
@@ -250,7 +264,8 @@ CONTROLS = {
 
 def folder(output: Path | str, control: Control, arm: Arm) -> Path:
     """Returns the folder of an arm's runs."""
-    return Path(output) / FOLDER / control.name / arm.name
+    root = Path(output) / FOLDER
+    return root / control.name / arm.name if arm.changes else root / ARTICLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,45 +277,66 @@ class Results:
         runs: finished ones; name of an arm -> list of `Run`.
         accuracies: (name of an arm, condition) -> {seed: accuracy}, see
             `LAST_EVALUATIONS`.
+        recalibrated: the same with recalibrated statistics, of the last step
+            alone; without batch normalization there is nothing to
+            recalibrate, and it is the last evaluation.
     """
 
     control: Control
     runs: Mapping[str, Sequence[result_files.Run]]
     accuracies: Mapping[tuple[str, int], Mapping[int, float]]
+    recalibrated: Mapping[tuple[str, int], Mapping[int, float]]
 
     def difference(self, claim: Claim) -> Difference | None:
         """What a claim comes to over the seeds that have all of it."""
-        terms = [*claim.ours, *claim.others]
-        if not all(term in self.accuracies for term in terms):
+        return _difference(claim, self.accuracies)
+
+    def recalibrated_difference(self, claim: Claim) -> Difference | None:
+        """The same with recalibrated statistics; None if there are none."""
+        numbers = {number for _, number in (*claim.ours, *claim.others)}
+        if all(article.condition(x).batch_norm == "none" for x in numbers):
             return None
-        seeds = sorted(
-            set.intersection(*(set(self.accuracies[t]) for t in terms))
-        )
-        if not seeds:
-            return None
-        sums = [
-            [sum(self.accuracies[t][seed] for t in side) for seed in seeds]
-            for side in (claim.ours, claim.others)
-        ]
-        return comparison.paired_difference(*sums)
+        return _difference(claim, self.recalibrated)
 
     def verdicts(self) -> list[str]:
-        """A sentence for each claim."""
+        """What is said of each claim."""
         return [
-            verdict(claim, self.difference(claim))
+            verdict(
+                claim,
+                self.difference(claim),
+                self.recalibrated_difference(claim),
+            )
             for claim in self.control.claims
         ]
 
 
+def _difference(claim, accuracies):
+    terms = [*claim.ours, *claim.others]
+    if not all(term in accuracies for term in terms):
+        return None
+    seeds = sorted(set.intersection(*(set(accuracies[t]) for t in terms)))
+    if not seeds:
+        return None
+    sums = [
+        [sum(accuracies[t][seed] for t in side) for seed in seeds]
+        for side in (claim.ours, claim.others)
+    ]
+    return comparison.paired_difference(*sums)
+
+
 def begun(output: Path | str) -> bool:
     """Whether there are runs of control experiments, finished or not."""
-    return result_files.has_files(Path(output) / FOLDER, "*/*/*/*/run.json")
+    root = Path(output) / FOLDER
+    return result_files.has_files(root, "*/*/*/*/run.json") or (
+        result_files.has_files(root / ARTICLE, "*/*/run.json")
+    )
 
 
 def read(output: Path | str) -> list[Results]:
     """Reads the control experiments below a folder of results.
 
-    Only finished runs enter.
+    Only finished runs enter, and controls that have one of their own: the
+    article's settings alone answer no question.
 
     Raises:
         ExperimentError: a file is damaged, or runs differ in more than their
@@ -314,14 +350,24 @@ def read(output: Path | str) -> list[Results]:
             # A process that has just begun has made no more than folders.
             if result_files.has_files(path, "*/*/run.json"):
                 runs[arm.name] = [
-                    run for run in result_files.read_runs(path) if run.finished
+                    run
+                    for run in result_files.read_runs(path)
+                    if run.finished
+                    and run.condition.number in control.conditions
                 ]
                 _require_arm(control, arm, path, runs[arm.name])
-        facts = [run.facts for own in runs.values() for run in own]
-        if facts:
+        if any(runs.get(arm.name) for arm in control.arms if arm.changes):
+            facts = [run.facts for own in runs.values() for run in own]
             names = {*same_settings.SETTINGS, "steps"} - control.changed
             same_settings.require_same_settings(facts, sorted(names))
-            found.append(Results(control, runs, _accuracies(runs)))
+            found.append(
+                Results(
+                    control,
+                    runs,
+                    _by_seed(runs, _accuracy),
+                    _by_seed(runs, _recalibrated),
+                )
+            )
     return found
 
 
@@ -339,28 +385,59 @@ def _require_arm(control, arm, path, runs):
                 )
 
 
-def _accuracies(runs):
-    accuracies = {}
+def _by_seed(runs, value):
+    """(name of an arm, condition) -> {seed: value of its run}."""
+    found = {}
     for arm, own in runs.items():
         for run in own:
-            last = float(np.mean(run.accuracies[-LAST_EVALUATIONS:]))
-            key = arm, run.condition.number
-            accuracies.setdefault(key, {})[run.seed] = last
-    return accuracies
+            if (of_run := value(run)) is not None:
+                key = arm, run.condition.number
+                found.setdefault(key, {})[run.seed] = of_run
+    return found
 
 
-def verdict(claim: Claim, difference: Difference | None) -> str:
-    """The sentence that the results make of a claim."""
+def _accuracy(run):
+    return float(np.mean(run.accuracies[-LAST_EVALUATIONS:]))
+
+
+def _recalibrated(run):
+    if run.condition.batch_norm == "none":
+        return float(run.accuracies[-1])
+    return run.recalibrated
+
+
+def verdict(
+    claim: Claim,
+    difference: Difference | None,
+    recalibrated: Difference | None = None,
+) -> str:
+    """What the results make of a claim, in a sentence.
+
+    With recalibrated statistics there is one more, whose interval the reader
+    may judge.
+    """
     if difference is None:
         return f"{claim.words}: not measured yet."
-    points = 100 * difference.mean
-    said = f"{claim.words}: {points:+.1f} points of test accuracy"
+    said = f"{claim.words}: {_points(difference)}"
     if difference.low is None:
         return f"{said}, of one seed: no interval, hence no verdict."
-    said += (
-        f", 95% interval {100 * difference.low:+.1f} to "
-        f"{100 * difference.high:+.1f} over {difference.count} seeds: "
-    )
     if not difference.excludes_zero:
-        return f"{said}no difference is shown."
-    return f"{said}{'more' if difference.mean > 0 else 'less'}, clearly."
+        said += ": no difference is shown."
+    else:
+        said += f": {'more' if difference.mean > 0 else 'less'}, clearly."
+    if recalibrated is not None:
+        said += (
+            " At the last step, with recalibrated statistics: "
+            f"{_points(recalibrated)}."
+        )
+    return said
+
+
+def _points(difference):
+    said = f"{100 * difference.mean:+.1f} points of test accuracy"
+    if difference.low is not None:
+        said += (
+            f", 95% interval {100 * difference.low:+.1f} to "
+            f"{100 * difference.high:+.1f} over {difference.count} seeds"
+        )
+    return said

@@ -1,6 +1,7 @@
 """Trains many runs, whose processes may be several."""
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,55 +17,60 @@ _WAIT_SECONDS = 2.0
 
 
 def train_all(
-    runs: Sequence[RunSettings],
+    grids: Mapping[Path, Sequence[RunSettings]],
     dataset: data.Dataset,
-    output: Path | str,
     ray: str = "",
-) -> dict[RunSettings, float]:
+) -> dict[Path, dict[RunSettings, float]]:
     """Trains what is left to do of some runs.
 
-    Several processes may do so in one folder. Each takes a run that no other
-    is training, and returns when all of them are finished.
+    Several processes may do so in the same folders. Each takes a run that no
+    other is training, and returns when all of them are finished.
 
     Args:
-        runs: what to do.
+        grids: folder of results -> the runs that belong there.
         dataset: what to train on.
-        output: folder of all results.
         ray: address of a Ray cluster whose workers train, see `ray_grid`;
             empty: this process trains.
 
     Returns:
-        Of each run, its final test accuracy (0 to 1).
+        Of each run in each folder, its final test accuracy (0 to 1).
 
     Raises:
         ExperimentError: as `train.run` and `ray_grid.train`.
         KeyboardInterrupt: as `train.run`.
     """
+    jobs = [(path, x) for path, runs in grids.items() for x in runs]
     with tqdm.tqdm(
-        desc=f"all {len(runs)} runs",
-        total=sum(settings.steps for settings in runs),
+        desc=f"all {len(jobs)} runs",
+        total=sum(settings.steps for _, settings in jobs),
         unit=" steps",
         disable=None,
     ) as bar:
         if ray:
-            return ray_grid.train(runs, dataset, output, ray, bar.update)
-        return _train(runs, dataset, output, bar)
+            final = ray_grid.train(jobs, dataset, ray, bar.update)
+        else:
+            final = _train(jobs, dataset, bar)
+    return {
+        path: {settings: final[path, settings] for settings in runs}
+        for path, runs in grids.items()
+    }
 
 
-def _train(runs, dataset, output, bar):
+def _train(jobs, dataset, bar):
     final = {}
-    while len(final) < len(runs):
+    while len(final) < len(jobs):
         done = len(final)
-        for settings in runs:
-            if settings in final:
+        for job in jobs:
+            if job in final:
                 continue
+            output, settings = job
             try:
                 metrics = train.run(settings, dataset, output, bar.update)
             except run_folder.BusyError:
                 continue
-            final[settings] = metrics[-1]["test_accuracy"]
+            final[job] = metrics[-1]["test_accuracy"]
         if len(final) == done:
-            _wait(len(runs) - done, bar)
+            _wait(len(jobs) - done, bar)
     return final
 
 

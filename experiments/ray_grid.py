@@ -26,18 +26,16 @@ _REACH_SECONDS = 10.0
 
 
 def train(
-    runs: Sequence[Settings],
+    jobs: Sequence[tuple[Path, Settings]],
     dataset: data.Dataset,
-    output: Path | str,
     address: str,
     on_steps: Callable[[int], None],
-) -> dict[Settings, float]:
-    """Trains what is left to do of a grid.
+) -> dict[tuple[Path, Settings], float]:
+    """Trains what is left to do of some runs.
 
     Args:
-        runs: what to do.
+        jobs: of each, its folder of results and what to do.
         dataset: what to train on; the workers are sent it.
-        output: folder of all results.
         address: of a cluster, as "10.0.0.1:6379" or "auto" on one of its
             machines, or "local" for a Ray that is started here and ends with
             this call.
@@ -58,7 +56,6 @@ def train(
             "--ray needs the package ray: install the extra, as in pip "
             "install '.[ray]', or leave --ray out"
         ) from error
-    output = Path(output).absolute()
     names = ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL")
     environment = {x: os.environ[x] for x in names if x in os.environ}
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -80,7 +77,7 @@ def train(
             f"cluster, or --ray={LOCAL}. Received: ray={address}"
         ) from error
     try:
-        return _train(ray, runs, dataset, output, on_steps)
+        return _train(ray, jobs, dataset, on_steps)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "Ray's tasks were stopped; the same command goes on from their "
@@ -106,20 +103,23 @@ def _reach(address):
         socket.create_connection((host, int(port)), _REACH_SECONDS).close()
 
 
-def _train(ray, runs, dataset, output, on_steps):
+def _train(ray, jobs, dataset, on_steps):
     # A run needs a GPU where there are any.
     gpus = int(bool(ray.cluster_resources().get("GPU")))
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_one_run)
     shared = ray.put(dataset)
-    pending = {task.remote(x, shared, output): x for x in runs}
+    pending = {
+        task.remote(settings, shared, output.absolute()): (output, settings)
+        for output, settings in jobs
+    }
     final = {}
     while pending:
         raise_if_interrupted()
         done, _ = ray.wait(list(pending), timeout=1.0)
         for reference in done:
-            settings = pending.pop(reference)
-            final[settings] = ray.get(reference)
-            on_steps(settings.steps)
+            job = pending.pop(reference)
+            final[job] = ray.get(reference)
+            on_steps(job[1].steps)
     return final
 
 
@@ -130,5 +130,5 @@ def _one_run(settings, dataset, output):
 
     require_backend()
     # It waits for a worker that was given up and still trains.
-    accuracies = reproduce.run([settings], dataset, output)
-    return accuracies[settings.condition][0]
+    accuracies = reproduce.run({output: [settings]}, dataset)
+    return accuracies[output][settings.condition][0]

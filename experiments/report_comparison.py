@@ -66,9 +66,9 @@ def _published(contents) -> str:
         table(
             f"At the article's steps on {contents.data}. "
             "Condition and step. The article's value is the mean of 11 points "
-            "of one run (at the end of 10), its deviation theirs; ours the mean of the "
-            "evaluations within the steps that those points span, its "
-            "deviation that over the seeds (of one seed, over its "
+            "of one run (at the end of 10), its deviation theirs; ours the "
+            "mean of the evaluations within the steps that those points span, "
+            "its deviation that over the seeds (of one seed, over its "
             "evaluations). Within: the difference is at most twice the root "
             "of the sum of both squared deviations. The deviation of two or "
             "three seeds is often too small by chance, and then flags what "

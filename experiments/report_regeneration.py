@@ -121,7 +121,14 @@ def regenerate_control(results: controls.Results) -> str:
     conditions = tuple(sorted({run.condition.number for run in runs}))
     if conditions != control.conditions:
         command += [f"--conditions={','.join(map(str, conditions))}"]
-    command += [f"--seeds={1 + max(run.seed for run in runs)}"]
+    # Other controls may have more runs of the article's settings.
+    seeds = [
+        run.seed
+        for arm in control.arms
+        if arm.changes
+        for run in results.runs.get(arm.name, ())
+    ]
+    command += [f"--seeds={1 + max(seeds)}"]
     command += [f"--dataset={facts['dataset']}", "--output=RESULTS"]
     for name in _FLAGS:
         own = facts.get(name, usual[name])

@@ -6,14 +6,14 @@
 
 The first trains two conditions in minutes, the second all 12, which takes
 days on a CPU, the third a control experiment (`experiments.controls`), whose
-results are below OUTPUT/controls. Each has a folder of its own, for their
-settings differ. A finished run is not trained again and an interrupted one
-goes on, so the same command can be given until all is done; given several
-times at once, on one machine or on several that share the folder, the
-processes share the runs. The report is written at the end.
+results are below OUTPUT/controls. A finished run is not trained again and an
+interrupted one goes on, so the same command can be given until all is done;
+given several times at once, on one machine or on several that share the
+folder, the processes share the runs. The report is written at the end.
 """
 
 import statistics
+from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,41 +80,42 @@ def grid(conditions: Sequence[int], seeds: int, **settings) -> list[Settings]:
 
 
 def run(
-    runs: Sequence[Settings],
+    grids: Mapping[Path, Sequence[Settings]],
     dataset: data.Dataset,
-    output: Path | str,
     ray: str = "",
-) -> dict[int, list[float]]:
-    """Trains what is left to do of a grid.
+) -> dict[Path, dict[int, list[float]]]:
+    """Trains what is left to do of some grids.
 
-    Several processes may do so in one folder. Each takes a run that no other
-    is training, and returns when all of them are finished.
+    Several processes may do so in the same folders. Each takes a run that no
+    other is training, and returns when all of them are finished.
 
     Args:
-        runs: what `grid` returns.
+        grids: folder of results -> what `grid` returns.
         dataset: what to train on.
-        output: folder of all results.
         ray: address of a Ray cluster whose workers train, see `ray_grid`;
             empty: this process trains.
 
     Returns:
-        Condition number -> final test accuracy (0 to 1) of each seed.
+        Of each folder, condition number -> final test accuracy (0 to 1) of
+        each seed.
 
     Raises:
         ExperimentError: as `train.run` and `ray_grid.train`; or the report
-            could not have these runs beside others in that folder.
+            could not have these runs beside others in their folder.
         KeyboardInterrupt: as `train.run`.
     """
     # Found out now rather than hours into the grid.
-    for settings in runs:
-        train.open_folder(settings, dataset, output)
-    result_files.check_addition(
-        output, [train.describe(settings, dataset) for settings in runs]
-    )
-    final = many_runs.train_all(runs, dataset, output, ray)
+    for output, runs in grids.items():
+        for settings in runs:
+            train.open_folder(settings, dataset, output)
+        result_files.check_addition(
+            output, [train.describe(settings, dataset) for settings in runs]
+        )
     accuracies = {}
-    for settings in runs:
-        accuracies.setdefault(settings.condition, []).append(final[settings])
+    for output, final in many_runs.train_all(grids, dataset, ray).items():
+        of_conditions = accuracies.setdefault(output, {})
+        for settings, accuracy in final.items():
+            of_conditions.setdefault(settings.condition, []).append(accuracy)
     return accuracies
 
 
@@ -124,7 +125,7 @@ def table(
     """Returns final accuracies as text, beside the article's on CIFAR-10.
 
     Args:
-        accuracies: what `run` returns.
+        accuracies: what `run` returns of a folder.
         steps: training steps of every run.
         dataset: what they were trained on.
     """
@@ -174,7 +175,8 @@ def define_flags() -> None:
         "conditions 2 and 11, 600 steps, evaluated every 100; article: all "
         "12, 156000 steps, evaluated every 156; the others: control "
         f"experiments, {controls.STEPS} steps, evaluated every "
-        f"{controls.EVAL_EVERY}, each arm in a folder of its own.",
+        f"{controls.EVAL_EVERY}, each arm in a folder of its own but for that "
+        "of the article's settings, which they share.",
     )
     flags.DEFINE_list(
         "conditions",
@@ -198,6 +200,10 @@ def grids_from_flags() -> dict[Path, list[Settings]]:
         ExperimentError: as `grid`, or a flag would make the arms of a
             control experiment alike.
     """
+    if not flags.FLAGS.output:
+        raise ExperimentError(
+            "output is the folder of all results. Received: an empty one"
+        )
     output, preset = Path(flags.FLAGS.output), flags.FLAGS.preset
     given = {**PRESETS[preset], **run_settings.given()}
     if flags.FLAGS.conditions is not None:
@@ -219,12 +225,15 @@ def grids_from_flags() -> dict[Path, list[Settings]]:
                 "leave that flag out. "
                 f"Received: {name}={flags.FLAGS[name].value}"
             )
-    return {
-        controls.folder(output, control, arm): grid(
-            seeds=seeds, **{**given, **arm.changes}
-        )
+    grids = {
+        controls.folder(output, control, arm): [
+            settings
+            for settings in grid(seeds=seeds, **{**given, **arm.changes})
+            if arm.differs_in(settings.condition)
+        ]
         for arm in control.arms
     }
+    return {folder: runs for folder, runs in grids.items() if runs}
 
 
 def main(argv):
@@ -238,8 +247,10 @@ def main(argv):
     dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     for folder, runs in grids.items():
         print(f"{dataset.note}, {runs[0].steps:,} steps -> {folder}")
-        accuracies = run(runs, dataset, folder, flags.FLAGS.ray)
-        print(table(accuracies, runs[0].steps, dataset))
+    for folder, accuracies in run(grids, dataset, flags.FLAGS.ray).items():
+        if len(grids) > 1:
+            print(f"{folder}:")
+        print(table(accuracies, grids[folder][0].steps, dataset))
     for found in controls.read(output):
         if found.control.name == flags.FLAGS.preset:
             print("\n".join(found.verdicts()))

@@ -182,7 +182,7 @@ class Study:
         folder: Path,
     ) -> None:
         """Trains some runs, and adds them to the records."""
-        many_runs.train_all(runs, dataset, folder)
+        many_runs.train_all({folder: runs}, dataset)
 
     def network(self, settings: StudySettings) -> keras.Model:
         """Returns a run's network at its initial weights, not compiled."""

@@ -1,6 +1,7 @@
 """Control experiments: what is asked of results, and the verdicts."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -47,10 +48,7 @@ def _gaps(output, raw, scaled, **facts):
 
 def _verdicts(output):
     (results,) = controls.read(output)
-    return [
-        controls.verdict(claim, results.difference(claim))
-        for claim in _CONTROL.claims
-    ]
+    return results.verdicts()
 
 
 def test_the_gap_and_what_scaling_takes_away_of_it(tmp_path):
@@ -91,13 +89,67 @@ def test_scaling_is_told_from_reshuffling(tmp_path):
     assert alone.endswith("no difference is shown.")
 
 
+def test_statistics_that_are_right_are_compared_too(tmp_path):
+    """Without batch normalization the last evaluation is what there is."""
+    _gaps(tmp_path, 0.1, 0.0)
+    noise = np.array([0.001, -0.002, 0.003, 0.0, 0.001])
+    for path in tmp_path.glob("controls/article/9/*"):
+        answer = {"test_accuracy": 0.7 + noise[int(path.name)]}
+        (path / "recalibrated.json").write_text(json.dumps(answer))
+    gap, scaled, *_ = _verdicts(tmp_path)
+    # The last evaluation of seed 0 is 0.5 - 0.01, and so on.
+    bare = 0.49 + np.array([0.0, 0.004, -0.003, 0.001, 0.002])
+    off = 100 * (0.7 + noise - bare)
+    right = stats.ttest_1samp(off, 0).confidence_interval(0.95)
+    assert gap.endswith(
+        "more, clearly. At the last step, with recalibrated statistics: "
+        f"{off.mean():+.1f} points of test accuracy, 95% interval "
+        f"{right.low:+.1f} to {right.high:+.1f} over 5 seeds."
+    )
+    assert "recalibrated" not in scaled
+
+
+def test_controls_share_the_runs_of_the_articles_settings(tmp_path):
+    _gaps(tmp_path, 0.1, 0.0)
+    control = controls.CONTROLS["learning_rate"]
+    (article,) = (x for x in control.arms if x.name == "rate_0.001")
+    (other,) = (x for x in control.arms if x.name == "rate_0.01")
+    run_files.write_run(
+        controls.folder(tmp_path, control, other),
+        9,
+        0,
+        [0.4] * 20,
+        every=156,
+        **{"eval_every": 156, "steps": 3120, **other.changes},
+    )
+    first, second = controls.read(tmp_path)
+    assert first.control == _CONTROL
+    assert second.control == control
+    shared = second.runs[article.name]
+    assert [x.facts for x in shared] == [
+        x.facts for x in first.runs["raw_fixed"]
+    ]
+    said = second.verdicts()
+    assert "of one seed" in said[-1]
+    assert "-20.0 points" in said[-1]
+    page = report.write_report(tmp_path).read_text()
+    assert "--preset=learning_rate --seeds=1 " in page
+
+
+def test_the_articles_settings_alone_answer_nothing(tmp_path):
+    _write(tmp_path, "raw_fixed", 0, 0, 0.5)
+    assert controls.read(tmp_path) == []
+
+
 def test_one_seed_gives_no_verdict(tmp_path):
+    _write(tmp_path, "standardized_fixed", 9, 0, 0.5)
     _write(tmp_path, "raw_fixed", 0, 0, 0.5)
     _write(tmp_path, "raw_fixed", 9, 0, 0.6)
     assert _verdicts(tmp_path)[0].endswith("hence no verdict.")
 
 
 def test_seeds_are_paired(tmp_path):
+    _write(tmp_path, "standardized_fixed", 9, 0, 0.5)
     _write(tmp_path, "raw_fixed", 0, 0, 0.5)
     _write(tmp_path, "raw_fixed", 9, 1, 0.6)
     assert _verdicts(tmp_path)[0].endswith("not measured yet.")
@@ -113,7 +165,7 @@ def test_arms_may_differ_in_what_they_are_for_alone(tmp_path):
 def test_runs_are_what_their_arm_says(tmp_path):
     for number in (0, 9):
         _write(tmp_path, "raw_fixed", number, 0, 0.5, input="standardized")
-    said = "raw_fixed has a run whose input is standardized; .* it is raw"
+    said = "article has a run whose input is standardized; .* it is raw"
     with pytest.raises(ExperimentError, match=said):
         controls.read(tmp_path)
 
@@ -154,14 +206,14 @@ def test_runs_that_have_just_begun_are_passed_over(tmp_path):
 
 def test_every_arm_is_a_setting_that_can_be_run():
     for control in controls.CONTROLS.values():
-        names = {arm.name for arm in control.arms}
+        names = {arm.name: arm for arm in control.arms}
         assert len(names) == len(control.arms)
         for arm in control.arms:
             for number in control.conditions:
                 Settings(number, **arm.changes)
         for claim in control.claims:
             for name, number in (*claim.ours, *claim.others):
-                assert name in names
+                assert names[name].differs_in(number)
                 assert number in control.conditions
     fields = {x.name for x in dataclasses.fields(Settings)}
     assert {"placement", "input", "shuffle", "layer"} <= fields

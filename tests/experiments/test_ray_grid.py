@@ -63,21 +63,23 @@ def test_workers_train_what_one_process_does(few, tmp_path):
         daemon=True,
     )
     killer.start()
-    found = reproduce.run(runs, few, tmp_path / "ray", ray=ray_grid.LOCAL)
+    ray, one = tmp_path / "ray", tmp_path / "one"
+    (found,) = reproduce.run({ray: runs}, few, ray_grid.LOCAL).values()
     assert len(killed) == 1
-    expected = reproduce.run(runs, few, tmp_path / "one")
-    assert found == expected
+    assert reproduce.run({one: runs}, few) == {one: found}
     for name in ("metrics.jsonl", "run.json"):
-        assert _files(tmp_path / "ray", name) == _files(tmp_path / "one", name)
-    assert len(_files(tmp_path / "ray", "final.weights.h5")) == 2
-    assert not _files(tmp_path / "ray", "*checkpoint.npz")
+        assert _files(ray, name) == _files(one, name)
+    assert len(_files(ray, "final.weights.h5")) == 2
+    assert not _files(ray, "*checkpoint.npz")
 
 
 def test_an_error_of_a_worker_is_one_line(few, tmp_path, monkeypatch):
     (tmp_path / "9").write_text("no folder can be made here")
     runs = reproduce.grid((9,), 1, **_OPTIONS)
     with pytest.raises(ExperimentError, match="cannot write") as error:
-        ray_grid.train(runs, few, tmp_path, ray_grid.LOCAL, lambda steps: None)
+        ray_grid.train(
+            [(tmp_path, *runs)], few, ray_grid.LOCAL, lambda steps: None
+        )
     assert "\n" not in str(error.value)
 
 
@@ -107,4 +109,4 @@ def test_without_ray_it_says_what_to_install(few, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     runs = reproduce.grid((9,), 1, **_OPTIONS)
     with pytest.raises(ExperimentError, match="install the extra"):
-        reproduce.run(runs, few, tmp_path, ray=ray_grid.LOCAL)
+        reproduce.run({tmp_path: runs}, few, ray_grid.LOCAL)

@@ -83,8 +83,8 @@ def test_a_grid_goes_on_where_it_stopped(few, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "_train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        reproduce.run(runs, few, tmp_path)
-    accuracies = reproduce.run(runs, few, tmp_path)
+        reproduce.run({tmp_path: runs}, few)
+    accuracies = reproduce.run({tmp_path: runs}, few)[tmp_path]
     third = (0, 1)
     assert trained == [(0, 0), (9, 0), third, third, (9, 1)]
     assert list(accuracies) == [0, 9]
@@ -101,13 +101,13 @@ def test_a_grid_goes_on_where_it_stopped(few, tmp_path, monkeypatch):
 def test_results_that_lack_their_weights_are_not_trained_again(few, tmp_path):
     """As they are in a clone; beside them another seed can be trained."""
     settings = {"steps": 2, "eval_every": 1, "batch_size": 4}
-    reproduce.run(reproduce.grid((9,), 1, **settings), few, tmp_path)
+    reproduce.run({tmp_path: reproduce.grid((9,), 1, **settings)}, few)
     first = tmp_path / "9/0"
     (first / "final.weights.h5").unlink()
     (first / "recalibrated.json").unlink()
     before = {x: x.read_bytes() for x in first.iterdir() if x.is_file()}
     runs = reproduce.grid((9,), 2, **settings)
-    accuracies = reproduce.run(runs, few, tmp_path)
+    accuracies = reproduce.run({tmp_path: runs}, few)[tmp_path]
     after = {x: x.read_bytes() for x in first.iterdir() if x.is_file()}
     assert after == before
     assert len(accuracies[9]) == 2
@@ -124,34 +124,34 @@ def test_a_run_killed_before_its_weights_goes_on(few, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_folder.RunFolder, "finish", killed)
-        reproduce.run([one], few, tmp_path)
+        reproduce.run({tmp_path: [one]}, few)
     weights = tmp_path / "9/0/final.weights.h5"
     weights.unlink()
     for path, content in kept.items():
         path.write_bytes(content)
-    reproduce.run([one], few, tmp_path)
+    reproduce.run({tmp_path: [one]}, few)
     assert weights.exists()
 
 
 def test_other_settings_are_found_before_training(few, tmp_path, monkeypatch):
     changed = {"eval_every": 1, "batch_size": 4}
-    reproduce.run(reproduce.grid((9,), 1, steps=1, **changed), few, tmp_path)
+    reproduce.run({tmp_path: reproduce.grid((9,), 1, steps=1, **changed)}, few)
     monkeypatch.setattr(train, "_train", None)
     with pytest.raises(ExperimentError, match="steps=1 there, 2 now"):
         runs = reproduce.grid((0, 9), 1, steps=2, **changed)
-        reproduce.run(runs, few, tmp_path)
+        reproduce.run({tmp_path: runs}, few)
 
 
 def test_results_that_share_no_report_are_found_before_training(
     few, tmp_path, monkeypatch
 ):
     sgd = {"steps": 1, "batch_size": 4, "optimizer": "sgd"}
-    reproduce.run(reproduce.grid((0,), 1, **sgd), few, tmp_path)
+    reproduce.run({tmp_path: reproduce.grid((0,), 1, **sgd)}, few)
     monkeypatch.setattr(train, "_train", None)
     adam = reproduce.grid((2, 9), 1, steps=1, batch_size=4)
     said = "differ in optimizer: adam in 2/0, sgd in 0/0"
     with pytest.raises(ExperimentError, match=said):
-        reproduce.run(adam, few, tmp_path)
+        reproduce.run({tmp_path: adam}, few)
 
 
 def test_what_others_train_is_waited_for(few, tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ def test_what_others_train_is_waited_for(few, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run", run)
     waited = []
     monkeypatch.setattr(many_runs.time, "sleep", waited.append)
-    found = reproduce.run(runs, few, tmp_path)
+    found = reproduce.run({tmp_path: runs}, few)[tmp_path]
     assert found == {0: [0.0, 1.0], 9: [0.9, 1.9]}
     assert asked == [0, 1, 2, 3, 0, 2, 0, 0]
     assert len(waited) == 1
@@ -334,7 +334,7 @@ for line in sys.argv[1:]:
     with flagsaver.flagsaver():
         flags.FLAGS(["reproduce", *line.split()])
         try:
-            print(len(reproduce.grids_from_flags()))
+            print([len(x) for x in reproduce.grids_from_flags().values()])
         except ExperimentError as error:
             print(error)
 """
@@ -347,17 +347,36 @@ def test_what_arms_differ_in_cannot_be_given():
         "--preset=placement --placement=before": "placement=before",
         "--preset=learning_rate --learning_rate=0.5": "learning_rate=0.5",
     }
-    right = ["--preset=layer --learning_rate=0.5", "--layer=keras"]
+    # Without batch normalization, condition 0, there is nothing to place.
+    right = {
+        "--preset=layer --learning_rate=0.5": "[2, 2]",
+        "--layer=keras": "[2]",
+        "--preset=placement": "[2, 1, 1]",
+        "--preset=placement --conditions=0": "[1]",
+        "--preset=learning_rate": "[2, 2, 2]",
+    }
     done = subprocess.run(
         [sys.executable, "-c", _ASKING, *wrong, *right],
         cwd=_ROOT,
         capture_output=True,
         text=True,
     )
-    *refused, first, second = done.stdout.splitlines()
-    for said, received in zip(refused, wrong.values(), strict=True):
-        assert said.endswith(f"leave that flag out. Received: {received}")
-    assert (first, second) == ("2", "1")
+    said = done.stdout.splitlines()
+    for line, received in zip(said, wrong.values()):
+        assert line.endswith(f"leave that flag out. Received: {received}")
+    assert said[len(wrong) :] == list(right.values())
+
+
+def test_an_empty_output_is_refused():
+    asked = subprocess.run(
+        [sys.executable, "-c", _ASKING, "--output="],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert asked.stdout == (
+        "output is the folder of all results. Received: an empty one\n"
+    )
 
 
 def test_a_control_experiment_from_flags_to_verdict(tmp_path):
@@ -382,11 +401,11 @@ def test_a_control_experiment_from_flags_to_verdict(tmp_path):
     assert done.returncode == 0, done.stderr
     runs = {
         str(path.parent.relative_to(tmp_path)): json.loads(path.read_text())
-        for path in tmp_path.glob("controls/*/*/*/*/run.json")
+        for path in tmp_path.rglob("run.json")
     }
     assert {x: facts["layer"] for x, facts in runs.items()} == {
-        f"controls/layer/{layer}/9/{seed}": layer
-        for layer in ("keras", "keras_bn")
+        f"controls/{arm}/9/{seed}": layer
+        for arm, layer in (("article", "keras_bn"), ("layer/keras", "keras"))
         for seed in (0, 1)
     }
     said = "Our layer instead of Keras's (condition 9): "
