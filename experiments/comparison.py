@@ -178,10 +178,13 @@ class Stability:
     evaluations: int
 
 
-def stability(summary: Summary) -> Stability | None:
-    """The stability of a condition; None for fewer than 22 evaluations."""
+def stability(accuracies: np.ndarray) -> Stability | None:
+    """The stability of a condition; None for fewer than 22 evaluations.
+
+    Args:
+        accuracies: shaped (seeds, evaluations).
+    """
     half = _AROUND // 2
-    accuracies = summary.accuracies
     if accuracies.shape[1] < 2 * _AROUND:
         return None
     windows = np.lib.stride_tricks.sliding_window_view(

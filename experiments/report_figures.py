@@ -27,6 +27,8 @@ _LEAST_SHARE_IN_VIEW = 0.9
 INK, GRID = "#24292f", "#d4d9df"
 SERIES = ("#0072b2", "#c1500a", "#00795a")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.3)))
+# The article's points have the colour of our line, and a shape of their own.
+_PUBLISHED_MARKERS = ("D", "s", "^")
 _VARIABLES = {
     INK: "var(--ink)",
     GRID: "var(--grid)",
@@ -132,9 +134,13 @@ def draw(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         article_in_view = False
-        for summary, _, color, _ in looks if published else ():
+        for summary, _, color, dashes in looks if published else ():
             number = summary.condition.number
-            steps = _draw_published(axes, number, color, curves)
+            look = {"color": color, "zorder": 1, "linestyle": dashes}
+            if curves is None:
+                marker = _PUBLISHED_MARKERS[SERIES.index(color)]
+                look |= {"linestyle": "none", "marker": marker}
+            steps = _draw_published(axes, number, look, curves)
             article_in_view |= any(step <= limits.last_step for step in steps)
         for summary, (steps, mean, spread), color, dashes in looks:
             seeds = len(summary.runs)
@@ -172,7 +178,8 @@ def draw(
                 marker=None if curves else "D",
                 markersize=4,
                 markerfacecolor="none",
-                label="the article, same colours",
+                label="the article, in the same colours and "
+                + ("dashes, thin" if curves else "open marks"),
             )
         axes.set_xlim(0, limits.last_step)
         axes.set_ylim(limits.low, limits.high)
@@ -199,9 +206,22 @@ def figure(svg: str, caption: str, description: str) -> str:
         caption: below it.
         description: what a reader who cannot see it is told.
     """
+    return framed(svg, description, escape(caption))
+
+
+def framed(svg: str, description: str, caption: str) -> str:
+    """The same, with a caption that is HTML.
+
+    What the pointer finds by hovering is listed too, for a finger, a keyboard
+    and a screen reader.
+    """
+    values = re.findall("<circle[^>]*><title>(.*?)</title>", svg)
+    listed = "\n".join(f"<li>{words}</li>" for words in values)
     return (
         f"<figure>{inline(svg, escape(description))}"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f"<figcaption>{caption}</figcaption>"
+        f"<details><summary>{len(values)} values</summary>"
+        f"<ul>\n{listed}\n</ul></details></figure>"
     )
 
 
@@ -266,17 +286,15 @@ def inline(svg: str, description: str) -> str:
     return f'<svg {box} role="img" aria-label="{description}">{rest}'
 
 
-def _draw_published(axes, number, color, curves) -> Sequence[float]:
+def _draw_published(axes, number, look, curves) -> Sequence[float]:
     """Returns the steps of what it drew."""
-    look = {"color": color, "zorder": 1}
     if curves is None:
         at_step = article.PUBLISHED[number].at_step
         steps, accuracies = list(at_step), list(at_step.values())
-        look |= {"linewidth": 0, "marker": "D", "markersize": 4}
-        look |= {"markerfacecolor": "none"}
+        look = look | {"markersize": 4, "markerfacecolor": "none"}
     elif number in curves:
         steps, accuracies = (smooth(column) for column in curves[number].T)
-        look |= {"linewidth": 0.6}
+        look = look | {"linewidth": 0.6}
     else:
         return ()
     axes.plot(steps, accuracies, **look)

@@ -1,6 +1,7 @@
 """The few kinds of HTML that the report is made of."""
 
 import html
+import re
 from collections.abc import Iterable
 from collections.abc import Sequence
 
@@ -66,4 +67,14 @@ def section(title: str, *parts: str) -> str:
     parts = [part for part in parts if part]
     if not parts:
         return ""
-    return "\n".join([f"<h2>{escape(title)}</h2>", *parts])
+    name = re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
+    return "\n".join([f'<h2 id="{name}">{escape(title)}</h2>', *parts])
+
+
+def contents(chapters: str) -> str:
+    """Links to the sections that there are, in a region of their own."""
+    links = "\n".join(
+        f'<li><a href="#{name}">{title}</a></li>'
+        for name, title in re.findall('<h2 id="(.*?)">(.*?)</h2>', chapters)
+    )
+    return f'<nav aria-label="Contents"><ul>\n{links}\n</ul></nav>'

@@ -1,5 +1,6 @@
 """Figures of any values of some groups of runs, as SVG."""
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
@@ -13,6 +14,9 @@ from experiments.report_figures import style
 from experiments.report_figures import to_svg
 
 _MARKERS = ("o", "s", "^")
+# Inches, and letters of a label: of 360 pixels the text can still be read.
+_WIDTH = 4.8
+_ROW_LETTERS, _LEGEND_LETTERS = 30, 60
 
 
 def draw_dots(
@@ -31,8 +35,10 @@ def draw_dots(
         The SVG for a white background.
     """
     with matplotlib.rc_context(style(name)):
-        height = 0.9 + 0.24 * len(groups)
-        drawing = Figure(figsize=(6.4, height), layout="constrained")
+        labels = [textwrap.fill(words, _ROW_LETTERS) for words, _ in groups]
+        lines = sum(1 + words.count("\n") for words in labels)
+        height = 0.9 + 0.08 * len(groups) + 0.16 * lines
+        drawing = Figure(figsize=(_WIDTH, height), layout="constrained")
         drawing.patch.set_visible(False)
         axes = drawing.add_subplot()
         axes.patch.set_visible(False)
@@ -62,7 +68,7 @@ def draw_dots(
                 (value, row, f"{words}, seed {seed}: {value:.4f}")
                 for seed, value in of_seeds.items()
             ]
-        axes.set_yticks(range(len(groups)), [words for words, _ in groups])
+        axes.set_yticks(range(len(groups)), labels)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.set_xlabel(unit)
@@ -90,7 +96,9 @@ def draw_lines(
         The SVG for a white background.
     """
     with matplotlib.rc_context(style(name)):
-        size = (6.4, 3.6 + 0.2 * len(lines))
+        labels = [textwrap.fill(x, _LEGEND_LETTERS) for x, _, _ in lines]
+        rows = sum(1 + words.count("\n") for words in labels)
+        size = (_WIDTH, 3.1 + 0.2 * rows)
         drawing = Figure(figsize=size, layout="constrained")
         drawing.patch.set_visible(False)
         axes = drawing.add_subplot()
@@ -101,16 +109,18 @@ def draw_lines(
         marks = []
         for number, (words, places, values) in enumerate(lines):
             turn, color = divmod(number, len(SERIES))
+            # Not by colour alone: dashes and marks differ as well.
+            look = (turn + color) % len(DASHES)
             mean = values.mean(axis=0)
             axes.plot(
                 places,
                 mean,
                 color=SERIES[color],
-                linestyle=DASHES[turn % len(DASHES)],
+                linestyle=DASHES[look],
                 linewidth=1.6,
-                marker=_MARKERS[turn % len(_MARKERS)],
+                marker=_MARKERS[look],
                 markersize=3.5,
-                label=words,
+                label=labels[number],
             )
             spread = np.zeros_like(mean)
             if len(values) > 1:

@@ -8,6 +8,7 @@ from experiments import report_comparison
 from experiments import report_figures
 from experiments import report_studies
 from experiments import report_summaries
+from experiments.report_html import contents as table_of_contents
 from experiments.report_html import escape
 from experiments.report_html import paragraphs
 from experiments.report_html import section
@@ -77,10 +78,12 @@ def page_sections(
             of_controls,
             section("How to make this report again", regenerate(contents)),
         ]
+    text = "\n".join(x for x in chapters if x)
     return {
         "title": escape(title),
         "introduction": introduction,
-        "chapters": "\n".join(x for x in chapters if x),
+        "contents": table_of_contents(text),
+        "chapters": text,
     }, files
 
 
@@ -140,6 +143,7 @@ def _beside(mean, step, smoothed, published) -> list[str]:
 
 def _accuracies(contents) -> str:
     headings = ["ID", "batch norm", "dropout", "test accuracy", "spread"]
+    smoothed = any(x.smoothed for x in contents.summaries.values())
     caption = (
         f"Measured on {contents.data}. ID: the article's number of the "
         "condition. Test accuracy: mean over the seeds, of the last "
@@ -149,7 +153,7 @@ def _accuracies(contents) -> str:
         "one seed."
     )
     if contents.compared:
-        headings += ["article", "difference"]
+        headings += ["article"]
         caption += (
             " Article (one run of each condition): the mean of its 11 points "
             "around the one nearest to our step"
@@ -160,10 +164,13 @@ def _accuracies(contents) -> str:
             "of 11 points, the last of 10)"
         )
         caption += (
-            "; where that lies elsewhere its step is given. No difference is "
-            "given there, nor of a single evaluation from a mean: at the "
-            "article's steps, below, like is compared with like."
+            "; where that lies elsewhere its step is given, and no difference."
+            if smoothed
+            else ". Its difference from single evaluations is none to go by: "
+            "at the article's steps, below, like is compared with like."
         )
+        if smoothed:
+            headings += ["difference"]
     headings += ["at step", "seeds"]
     rows = []
     for number, summary in contents.summaries.items():
@@ -177,12 +184,13 @@ def _accuracies(contents) -> str:
             "–" if spread is None else f"{spread:.4f}",
         ]
         if contents.compared:
-            row += _beside(
+            beside = _beside(
                 mean,
                 step,
                 summary.smoothed,
                 report_summaries.published_at(number, step, contents.curves),
             )
+            row += beside if smoothed else beside[:1]
         rows.append([*row, f"{step:,}", _seeds(summary)])
     return table(caption, headings, rows)
 
@@ -213,7 +221,7 @@ def _figure_notes(contents, limits) -> str:
         )
     elif contents.compared:
         sentences.append(
-            "Diamonds: the article's values, one run each, means of 11 "
+            "Open marks: the article's values, one run each, means of 11 "
             "points; those beyond the step axis are not shown."
         )
         if article.PUBLISHED_STEPS[0] > limits.last_step:
@@ -268,10 +276,7 @@ def _figures(contents, limits) -> tuple[str, dict[str, str]]:
         caption = f"<strong>{escape(notes[0])}</strong> " + escape(
             " ".join(notes[1:])
         )
-        blocks.append(
-            f"<figure>{report_figures.inline(svg, escape(description))}"
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
+        blocks.append(report_figures.framed(svg, description, caption))
     return "\n".join(blocks), files
 
 

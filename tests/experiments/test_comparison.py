@@ -129,15 +129,14 @@ def test_taus_between_seeds():
 
 
 def test_stability_finds_collapses_and_not_slopes():
-    steps = np.arange(1, 101)
     calm = np.linspace(0.1, 0.6, 100)
     fallen = calm.copy()
     fallen[[80, 90]] -= 0.2
     found = [
-        comparison.stability(_summary(steps, [values]))
+        comparison.stability(values[None])
         for values in (calm, fallen)
     ]
     assert found[0].deviation == pytest.approx(0, abs=1e-12)
     assert [x.collapses for x in found] == [0, 2]
     assert found[1].deviation > 0.02
-    assert comparison.stability(_summary(steps[:20], [calm[:20]])) is None
+    assert comparison.stability(calm[None, :20]) is None

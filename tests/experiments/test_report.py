@@ -102,7 +102,17 @@ def test_published_values_before_the_first_step_give_their_step(tmp_path):
     write_run(tmp_path, 11, 0, [0.2, 0.3, 0.4, 0.5])
     rows = accuracy_rows(report.write_report(tmp_path).read_text())
     assert rows[11]["article"] == "0.6220 at step 2,000"
+    assert "difference" not in rows[11]
+
+
+def test_one_evaluation_has_no_difference_from_a_mean(tmp_path):
+    """It would be what the moving average happens to be."""
+    write_run(tmp_path, 11, 0, [0.5] * 20, steps=2_000)
+    write_run(tmp_path, 9, 0, [0.5] * 100, steps=10_000)
+    rows = accuracy_rows(report.write_report(tmp_path).read_text())
+    assert rows[11]["article"] == "0.6220"
     assert rows[11]["difference"] == "–"
+    assert rows[9]["difference"] == f"{0.5 - 0.746:+.4f}"
 
 
 def test_published_curves_are_averaged_around_our_step(tmp_path):
@@ -236,7 +246,11 @@ def test_what_scrolls_can_be_scrolled_by_keyboard(tmp_path):
     scrolled = page.tags.count("table") + page.tags.count("pre")
     assert scrolled == 7
     found = {
-        name: [v for tag, n, v in page.attributes if n == name and tag != "svg"]
+        name: [
+            v
+            for tag, n, v in page.attributes
+            if n == name and tag not in ("svg", "nav")
+        ]
         for name in ("tabindex", "aria-label")
     }
     assert found["tabindex"] == ["0"] * scrolled
@@ -254,9 +268,9 @@ def test_digits_are_never_compared_with_the_article(tmp_path):
     )
     compared = report.write_report(tmp_path / "cifar10").read_text()
     alone = report.write_report(tmp_path / "digits", curve).read_text()
-    assert "the article, same colours" in compared
+    assert "the article, in the same colours and open marks" in compared
     assert "article" in accuracy_rows(compared)[2]
-    assert "the article, same colours" not in alone
+    assert "the article, in the same colours" not in alone
     assert "article" not in accuracy_rows(alone)[2]
     assert "They are not compared with the article" in alone
     figure = (tmp_path / "digits/figures/dropout_only.svg").read_text()
@@ -295,6 +309,57 @@ def test_page_loads_nothing_and_describes_its_figures(tmp_path):
     assert all("Test accuracy" in label for label in labels)
     assert page.tags.count("caption") == page.tags.count("table") == 3
     assert "prefers-color-scheme: dark" in text
+    assert page.tags.count("main") == 1
+    targets = [v for tag, name, v in page.attributes if name == "id"]
+    links = [v for tag, name, v in page.attributes if name == "href"]
+    assert links == [f"#{x}" for x in targets if x in _sections(text)]
+    assert len(set(targets)) == len(targets)
+
+
+def _sections(text):
+    return re.findall('<h2 id="(.*?)">', text)
+
+
+def test_what_hovering_tells_can_be_read_without_a_pointer(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, 2, seed, [0.2, 0.3, 0.4, 0.5])
+    text = report.write_report(tmp_path).read_text()
+    # Condition 2 is in two figures.
+    hovered = re.findall("<circle[^>]*><title>(.*?)</title>", text)
+    listed = re.findall("<li>(condition .*?)</li>", text)
+    assert listed == hovered
+    assert len(listed) == 8
+    assert listed[0] == "condition 2, step 100: 0.2000, deviation 0.0000"
+
+
+def test_the_articles_remark_on_stability(tmp_path):
+    generator = np.random.default_rng(0)
+    jumps = {n: 0.1 if 6 <= n <= 8 else 0.01 for n in range(12)}
+    for number, size in jumps.items():
+        accuracies = 0.5 + size * generator.uniform(-1, 1, 40)
+        write_run(tmp_path, number, 0, accuracies.tolist(), steps=4_000)
+    curves = tmp_path / "curves.csv"
+    lines = [f"9,{100 * k},{0.5 + 0.2 * (k != 35)}" for k in range(1, 60)]
+    curves.write_text(
+        "condition,step,test_accuracy\n" + "\n".join(lines) + "\n"
+    )
+    text = report.write_report(tmp_path, curves).read_text()
+    said = re.search(
+        "With it in the dense layer alone the mean deviation here is (.*?), "
+        r"(more|less) than with it .*? \((.*?)\)\. Without dropout the mean "
+        r"deviation here is (.*?), (more|less) than .*? \((.*?)\)",
+        text,
+    )
+    dense, than, others, bare, other, dropped = said.groups()
+    assert (than, float(dense) > 5 * float(others)) == ("more", True)
+    assert (other == "more") == (float(bare) > float(dropped))
+    (table,) = (
+        x for x in _Page(text).tables if "article's collapses" in x[0]
+    )
+    # Only the points up to our last step, 4,000, where one has fallen.
+    rows = {row[0]: row[-2:] for row in table}
+    assert rows["9"][1] == "1"
+    assert rows["8"] == ["–", "–"]
 
 
 def test_figures_of_conditions_without_results_are_named(tmp_path):
