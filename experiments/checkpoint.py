@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,23 @@ def newest(path: Path) -> Path | None:
         if os.path.exists(candidate):
             return candidate
     return None
+
+
+def check(path: Path) -> None:
+    """Finds out whether a checkpoint is whole, without reading it in.
+
+    Raises:
+        ExperimentError: it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            whole = file.testzip() is None
+    except FileNotFoundError:
+        return  # the process that trains has just written another
+    except Exception as error:  # zipfile's, zlib's and the system's own
+        raise _unusable(path, "is damaged") from error
+    if not whole:
+        raise _unusable(path, "is damaged")
 
 
 def restore(path: Path, model: keras.Model, description: dict) -> Position:

@@ -85,6 +85,9 @@ class RunFolder:
             same_settings.require_settings(self.path, facts, self._description)
             self.metrics()
             self._read(result_files.read_timing)
+            path = checkpoint.newest(self._checkpoint)
+            if path and not self.finished:
+                checkpoint.check(path)
         else:
             self._require_empty()
 

@@ -129,11 +129,16 @@ def test_a_damaged_checkpoint_is_refused(damage, path):
     checkpoint.save(path, model, Position(2, 2), _RUN)
     advice = "delete its folder to begin the run anew"
     for _ in range(2):
+        checkpoint.check(path)
         damage(path)
         before = _values(model)
-        with pytest.raises(ExperimentError) as error:
-            checkpoint.restore(path, model, _RUN)
-        assert str(error.value) == f"{path} is damaged: {advice}"
+        for use in (
+            lambda: checkpoint.check(path),
+            lambda: checkpoint.restore(path, model, _RUN),
+        ):
+            with pytest.raises(ExperimentError) as error:
+                use()
+            assert str(error.value) == f"{path} is damaged: {advice}"
         for one, another in zip(_values(model), before, strict=True):
             np.testing.assert_array_equal(one, another)
         for step in (3, 4):

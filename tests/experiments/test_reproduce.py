@@ -114,6 +114,25 @@ def test_results_that_lack_their_weights_are_not_trained_again(few, tmp_path):
     assert (tmp_path / "9/1/final.weights.h5").exists()
 
 
+def test_a_damaged_checkpoint_is_found_before_others_are_trained(
+    few, tmp_path, monkeypatch
+):
+    runs = reproduce.grid((0, 9), 1, steps=4, eval_every=2, batch_size=4)
+
+    def killed(folder, network):
+        raise KeyboardInterrupt("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.RunFolder, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.run({tmp_path: runs[1:]}, few)
+    checkpoint = tmp_path / "9/0/checkpoint.npz"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    with pytest.raises(ExperimentError, match="checkpoint.npz is damaged"):
+        reproduce.run({tmp_path: runs}, few)
+    assert not (tmp_path / "0").exists()
+
+
 def test_a_run_killed_before_its_weights_goes_on(few, tmp_path):
     (one,) = reproduce.grid((9,), 1, steps=2, eval_every=1, batch_size=4)
     kept, save = {}, run_folder.RunFolder.finish
