@@ -9,6 +9,7 @@ import tqdm
 
 from experiments import data
 from experiments import ray_grid
+from experiments import require_backend
 from experiments import run_folder
 from experiments import train
 from experiments.run_settings import RunSettings
@@ -47,7 +48,9 @@ def train_all(
         disable=None,
     ) as bar:
         if ray:
-            final = ray_grid.train(jobs, dataset, ray, bar.update)
+            final = ray_grid.train(
+                jobs, dataset, _train_in_worker, ray, bar.update
+            )
         else:
             final = _train(jobs, dataset, bar)
     return {
@@ -72,6 +75,14 @@ def _train(jobs, dataset, bar):
         if len(final) == done:
             _wait(len(jobs) - done, bar)
     return final
+
+
+def _train_in_worker(output, settings, dataset):
+    """Trains a run as a task of Ray's, and returns its accuracy."""
+    require_backend()
+    job = output, settings
+    # It waits for a worker that was given up and still trains.
+    return _train([job], dataset, tqdm.tqdm(disable=True))[job]
 
 
 def _wait(missing, bar):

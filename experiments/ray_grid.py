@@ -28,6 +28,7 @@ _REACH_SECONDS = 10.0
 def train(
     jobs: Sequence[tuple[Path, Settings]],
     dataset: data.Dataset,
+    train_one: Callable[[Path, Settings, data.Dataset], float],
     address: str,
     on_steps: Callable[[int], None],
 ) -> dict[tuple[Path, Settings], float]:
@@ -36,13 +37,15 @@ def train(
     Args:
         jobs: of each, its folder of results and what to do.
         dataset: what to train on; the workers are sent it.
+        train_one: does a job in a worker, and returns its final test
+            accuracy (0 to 1); a function of a module.
         address: of a cluster, as "10.0.0.1:6379" or "auto" on one of its
             machines, or "local" for a Ray that is started here and ends with
             this call.
         on_steps: called with the steps of each run that is finished.
 
     Returns:
-        The final test accuracy (0 to 1) of each run.
+        What `train_one` returned of each job.
 
     Raises:
         ExperimentError: Ray is not installed, the cluster cannot be reached,
@@ -77,7 +80,7 @@ def train(
             f"cluster, or --ray={LOCAL}. Received: ray={address}"
         ) from error
     try:
-        return _train(ray, jobs, dataset, on_steps)
+        return _train(ray, jobs, dataset, train_one, on_steps)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "Ray's tasks were stopped; the same command goes on from their "
@@ -103,13 +106,13 @@ def _reach(address):
         socket.create_connection((host, int(port)), _REACH_SECONDS).close()
 
 
-def _train(ray, jobs, dataset, on_steps):
+def _train(ray, jobs, dataset, train_one, on_steps):
     # A run needs a GPU where there are any.
     gpus = int(bool(ray.cluster_resources().get("GPU")))
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_one_run)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(train_one)
     shared = ray.put(dataset)
     pending = {
-        task.remote(settings, shared, output.absolute()): (output, settings)
+        task.remote(output.absolute(), settings, shared): (output, settings)
         for output, settings in jobs
     }
     final = {}
@@ -121,14 +124,3 @@ def _train(ray, jobs, dataset, on_steps):
             final[job] = ray.get(reference)
             on_steps(job[1].steps)
     return final
-
-
-def _one_run(settings, dataset, output):
-    """Trains a run, in a worker."""
-    from experiments import reproduce
-    from experiments import require_backend
-
-    require_backend()
-    # It waits for a worker that was given up and still trains.
-    accuracies = reproduce.run({output: [settings]}, dataset)
-    return accuracies[output][settings.condition][0]

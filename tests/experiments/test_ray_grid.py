@@ -77,9 +77,7 @@ def test_an_error_of_a_worker_is_one_line(few, tmp_path, monkeypatch):
     (tmp_path / "9").write_text("no folder can be made here")
     runs = reproduce.grid((9,), 1, **_OPTIONS)
     with pytest.raises(ExperimentError, match="cannot write") as error:
-        ray_grid.train(
-            [(tmp_path, *runs)], few, ray_grid.LOCAL, lambda steps: None
-        )
+        reproduce.run({tmp_path: runs}, few, ray_grid.LOCAL)
     assert "\n" not in str(error.value)
 
 
