@@ -78,18 +78,42 @@ def test_a_row_says_what_the_files_do(row):
     assert recalibrated == (f"{np.mean(answers):.3f}" if answers else "none")
 
 
-@pytest.mark.parametrize(
-    ("step", "words"), [(2_000, "at 2,000 steps {}"), (5_000, "{} at 5,000")]
-)
-def test_the_order_of_the_conditions_is_the_one_told(step, words):
-    """By SciPy, and `README.md` has line breaks anywhere."""
-    ours = [np.mean(_means(number, step)) for number in range(12)]
+def _order(step):
+    """Kendall's tau, its interval and that between our seeds, as told."""
+    ours = [_means(number, step) for number in range(12)]
     published = [article.PUBLISHED[n].at_step[step] for n in range(12)]
+    tau = stats.kendalltau([np.mean(x) for x in ours], published).statistic
+    rank = comparison.rank_order(ours, published)
+    assert rank.tau == pytest.approx(tau)
+    between = [
+        stats.kendalltau(
+            [x[one] for x in ours], [x[other] for x in ours]
+        ).statistic
+        for one, other in ((0, 1), (0, 2), (1, 2))
+    ]
+    return [f"{x:.2f}" for x in (tau, rank.low, rank.high, np.mean(between))]
+
+
+def test_the_order_of_the_conditions_is_the_one_told():
+    """By SciPy, and `README.md` has line breaks anywhere."""
     told = " ".join(_README.split())
-    tau = stats.kendalltau(ours, published).statistic
-    assert words.format(f"{tau:.2f}") in told
-    without, with_it = ours[:3], ours[3:]
-    assert (max(without) < min(with_it)) == (
+    tau, low, high, between = _order(5_000)
+    assert (
+        f"is {tau} at 5,000 steps (95% interval {low} to {high}, a bootstrap "
+        f"over three seeds, which is coarse), between two of our own seeds "
+        f"{between}, the mean of three pairs;"
+    ) in told
+    tau, low, high, between = _order(2_000)
+    assert f"at 2,000 steps {tau} ({low} to {high}) and {between}." in told
+
+
+def test_whether_all_without_rank_below_all_with_it_is_told():
+    told = " ".join(_README.split())
+    below = {}
+    for step in (2_000, 5_000):
+        means = [np.mean(_means(number, step)) for number in range(12)]
+        below[step] = max(means[:3]) < min(means[3:])
+    assert all(below.values()) == (
         "All three conditions without batch normalization rank below all nine "
         "with it, at both steps." in told
     )
