@@ -3,14 +3,17 @@
     python -m experiments.train --preset=gpu_check
 
 For conditions 0 and 9, the article's without and with batch normalization:
-the test loss before training and after a few steps on each device, and the
-steps per second. Nothing is written.
+the test loss before training and after a few steps on each device, the steps
+per second, and the operations per second that they are, to be divided by the
+peak in the chip's data sheet. Nothing is written.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from experiments import ExperimentError
 from experiments import checkpoint
@@ -18,6 +21,9 @@ from experiments import data
 from experiments import evaluation
 from experiments import run_model
 from experiments.run_settings import Settings
+
+if TYPE_CHECKING:
+    import keras
 
 CONDITIONS = (0, 9)
 COMPARED_STEPS = 10
@@ -90,11 +96,33 @@ def check(
             f"{'DIFFERS' if differs else 'agrees'} ({tolerance:.0%})"
         )
     speed, bare = _speeds(model, settings, dataset, device, timed_steps)
+    operations = bare * operations_per_image(model) * settings.batch_size
     write(
         f"condition {condition}: {speed:.0f} steps/s, {bare:.0f} steps/s of "
-        "computing alone"
+        f"computing alone, which are {operations / 1e9:.1f} GFLOP/s in "
+        "convolutions and dense layers"
     )
     return agree
+
+
+def operations_per_image(model: keras.Model) -> int:
+    """Floating-point operations of a training step, for one image.
+
+    Those of convolutions and dense layers: a multiplication and an addition
+    for each weight at each position, forward, and as many for the gradients
+    of the weights and of the inputs each.
+
+    Args:
+        model: of layers one after another.
+    """
+    return sum(
+        3
+        * 2
+        * math.prod(layer.kernel.shape)
+        * math.prod(layer.output.shape[1:-1])
+        for layer in model.layers
+        if hasattr(layer, "kernel")
+    )
 
 
 def _losses(settings, dataset, device):

@@ -4,8 +4,11 @@ import keras
 import pytest
 
 from experiments import ExperimentError
+from experiments import checkpoint
 from experiments import data
 from experiments import gpu_check
+from experiments import run_model
+from experiments.run_settings import Settings
 
 _BACKEND = keras.backend.backend()
 
@@ -21,6 +24,7 @@ def test_no_gpu_is_one_line():
 
 
 if _BACKEND == "tensorflow":
+    import tensorflow as tf
 
     def test_what_it_says(monkeypatch):
         monkeypatch.setattr(gpu_check, "COMPARED_STEPS", 1)
@@ -39,10 +43,34 @@ if _BACKEND == "tensorflow":
         # Computing alone is a part of the step.
         assert 0 < speed < 10 * bare
 
+    def test_operations_are_those_of_tensorflows_profiler():
+        """It counts what is small besides: biases, activations, the loss."""
+        model = run_model.build(Settings(0))
+        checkpoint.state(model)
+        batch = (
+            tf.TensorSpec((4, 32, 32, 3)),
+            tf.TensorSpec((4,), tf.int32),
+        )
+        step = tf.function(model.train_step).get_concrete_function(batch)
+        options = tf.compat.v1.profiler.ProfileOptionBuilder.float_operation()
+        found = tf.compat.v1.profiler.profile(
+            step.graph, options=options | {"output": "none"}
+        )
+        operations = 4 * gpu_check.operations_per_image(model)
+        assert operations == 6 * 4 * (
+            32 * 32 * 32 * 5 * 5 * 3
+            + 16 * 16 * 64 * 5 * 5 * 32
+            + 8 * 8 * 64 * 1024
+            + 1024 * 10
+        )
+        assert operations == pytest.approx(found.total_float_ops, rel=0.1)
+
     def test_other_losses_are_said(monkeypatch):
         losses = iter([({0: 2.3, 10: 1.0}), ({0: 2.3, 10: 1.2})])
         monkeypatch.setattr(
-            gpu_check, "_losses", lambda *given: (None, next(losses))
+            gpu_check,
+            "_losses",
+            lambda *given: (keras.Sequential(), next(losses)),
         )
         monkeypatch.setattr(gpu_check, "_speeds", lambda *given: (10, 20))
         lines = []
