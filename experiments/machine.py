@@ -28,17 +28,17 @@ def usable_cores() -> int:
 
 
 def device() -> str:
-    """Returns Keras's device, as CPU:0, and what it is if it is a GPU."""
+    """Returns Keras's device, as CPU:0, and what it is if that is known."""
     import keras
 
     # Every backend's tensors know their device; TensorFlow's name is a path.
     name = str(keras.ops.zeros(()).device).rsplit("device:", 1)[-1]
     if "cpu" in name.lower():
         return name
-    return f"{name}, {_accelerator(keras.backend.backend())}"
+    return ", ".join(filter(None, (name, _kind(keras.backend.backend()))))
 
 
-def _accelerator(backend):
+def _kind(backend):
     if backend == "jax":
         import jax
 
@@ -46,9 +46,11 @@ def _accelerator(backend):
     if backend == "torch":
         import torch
 
-        return torch.cuda.get_device_name()
+        # Elsewhere than on CUDA the name of the device says it.
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     import tensorflow as tf
 
-    found = tf.config.list_physical_devices("GPU")[0]
-    details = tf.config.experimental.get_device_details(found)
-    return details.get("device_name", "GPU of unknown name")
+    for found in tf.config.list_physical_devices("GPU"):
+        details = tf.config.experimental.get_device_details(found)
+        return details.get("device_name", "")
+    return ""
