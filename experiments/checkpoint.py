@@ -99,14 +99,18 @@ def check(path: Path) -> None:
     """Finds out whether a checkpoint is whole, without reading it in.
 
     Raises:
-        ExperimentError: it is damaged.
+        ExperimentError: it is damaged, or cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as file:
             whole = file.testzip() is None
     except FileNotFoundError:
         return  # the process that trains has just written another
-    except Exception as error:  # zipfile's, zlib's and the system's own
+    except OSError as error:
+        raise ExperimentError(
+            f"cannot read {path}: {error.strerror}"
+        ) from error
+    except Exception as error:  # zipfile's and zlib's own
         raise _unusable(path, "is damaged") from error
     if not whole:
         raise _unusable(path, "is damaged")

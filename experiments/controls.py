@@ -94,6 +94,11 @@ class Control:
         """The attributes of `Settings` in which the arms differ."""
         return {name for arm in self.arms for name in arm.changes}
 
+    @property
+    def own_arms(self) -> list[Arm]:
+        """The arms but for that of the article's settings."""
+        return [arm for arm in self.arms if arm.changes]
+
 
 def _gap(arm, words):
     return Claim(
@@ -262,6 +267,10 @@ CONTROLS = {
 }
 
 
+# The attributes of `Settings` in which any control's arms differ.
+CHANGED = {name for control in CONTROLS.values() for name in control.changed}
+
+
 def folder(output: Path | str, control: Control, arm: Arm) -> Path:
     """Returns the folder of an arm's runs."""
     root = Path(output) / FOLDER
@@ -355,8 +364,10 @@ def read(output: Path | str) -> list[Results]:
                     if run.finished
                     and run.condition.number in control.conditions
                 ]
-                _require_arm(control, arm, path, runs[arm.name])
-        if any(runs.get(arm.name) for arm in control.arms if arm.changes):
+        if any(runs.get(arm.name) for arm in control.own_arms):
+            for arm in control.arms:
+                path = folder(output, control, arm)
+                _require_arm(control, arm, path, runs.get(arm.name, ()))
             facts = [run.facts for own in runs.values() for run in own]
             names = {*same_settings.SETTINGS, "steps"} - control.changed
             same_settings.require_same_settings(facts, sorted(names))
@@ -369,6 +380,18 @@ def read(output: Path | str) -> list[Results]:
                 )
             )
     return found
+
+
+def all_runs(found: Sequence[Results]) -> list[result_files.Run]:
+    """Every run of some controls, those that they share once."""
+    runs = {}
+    for results in found:
+        for arm in results.control.arms:
+            own = results.control.name, arm.name
+            where = own if arm.changes else ARTICLE
+            for run in results.runs.get(arm.name, ()):
+                runs[where, run.condition.number, run.seed] = run
+    return list(runs.values())
 
 
 def _require_arm(control, arm, path, runs):
@@ -428,8 +451,9 @@ def verdict(
     if recalibrated is not None:
         said += (
             " At the last step, with recalibrated statistics: "
-            f"{_points(recalibrated)}."
+            f"{_points(recalibrated)}"
         )
+        said += "." if recalibrated.low is not None else ", of one seed."
     return said
 
 

@@ -110,19 +110,17 @@ def operations_per_image(model: keras.Model) -> int:
 
     Those of convolutions and dense layers: a multiplication and an addition
     for each weight at each position, forward, and as many for the gradients
-    of the weights and of the inputs each.
+    of the weights and of the inputs each, but for those of the images.
 
     Args:
         model: of layers one after another.
     """
-    return sum(
-        3
-        * 2
-        * math.prod(layer.kernel.shape)
-        * math.prod(layer.output.shape[1:-1])
+    forward = [
+        2 * math.prod(layer.kernel.shape) * math.prod(layer.output.shape[1:-1])
         for layer in model.layers
         if hasattr(layer, "kernel")
-    )
+    ]
+    return 3 * sum(forward) - sum(forward[:1])
 
 
 def _losses(settings, dataset, device):

@@ -38,7 +38,6 @@ def write(settings: Settings, dataset: data.Dataset, folder: RunFolder) -> None:
         folder: the run's, which is trained.
 
     Raises:
-        run_folder.BusyError: another process does so.
         ExperimentError: a file cannot be read or written.
     """
     path = folder.path / result_files.RECALIBRATED
@@ -47,14 +46,6 @@ def write(settings: Settings, dataset: data.Dataset, folder: RunFolder) -> None:
         return
     if not os.access(folder.path, os.W_OK):
         return
-    with folder.locked():
-        # Another process may have written it before this one had the lock.
-        if not path.exists():
-            values = _measure(settings, dataset, folder)
-            atomic.write_text(path, json.dumps(values) + "\n")
-
-
-def _measure(settings, dataset, folder):
     # Where nothing is normalized, keras_bn need not be importable.
     import keras_bn
 
@@ -67,4 +58,5 @@ def _measure(settings, dataset, folder):
     test = evaluation.evaluate(
         model, prepare(dataset.test_images), dataset.test_labels
     )
-    return {"images": len(images), "test_accuracy": test["accuracy"]}
+    values = {"images": len(images), "test_accuracy": test["accuracy"]}
+    atomic.write_text(path, json.dumps(values) + "\n")

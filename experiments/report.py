@@ -53,8 +53,8 @@ def write_report(
     begun = result_files.has_files(results_dir, "*/*/run.json")
     if not (others or begun) and controls.begun(results_dir):
         raise ExperimentError(
-            f"no control experiment in {results_dir} has a finished run yet; "
-            "come back when one has"
+            f"no control experiment in {results_dir} has a finished run yet "
+            "beside those of the article's settings; come back when one has"
         )
     if begun or not others:
         try:

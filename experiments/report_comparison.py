@@ -311,7 +311,7 @@ def _stability(contents) -> str:
         headings += ["article's deviation", "article's collapses"]
     return section(
         "Stability",
-        _remark_on_stability(deviations),
+        _remark_on_stability(deviations) if contents.compared else "",
         table(caption, headings, rows),
     )
 
@@ -334,30 +334,21 @@ def _remark_on_stability(deviations) -> str:
         fitting = (x.number for x in article.CONDITIONS if fits(x))
         return np.mean([deviations[number] for number in fitting])
 
-    said = [
+    dense = mean(lambda x: x.batch_norm == "dense")
+    others = mean(lambda x: x.batch_norm in ("conv", "both"))
+    bare, dropped = (
+        mean(lambda x, rate=rate: x.dropout == rate and x.batch_norm != "dense")
+        for rate in (0.0, 0.4)
+    )
+    said = (
         "The article remarks that models tend to be somewhat unstable without "
-        "dropout, or with batch normalization in the dense layer alone."
-    ]
-    for words, one, others, other in (
-        (
-            "With it in the dense layer alone",
-            mean(lambda x: x.batch_norm == "dense"),
-            "with it in the convolutions or in all layers",
-            mean(lambda x: x.batch_norm in ("conv", "both")),
-        ),
-        (
-            "Without dropout",
-            mean(lambda x: x.dropout == 0.0),
-            "with dropout 0.4",
-            mean(lambda x: x.dropout == 0.4),
-        ),
-    ):
-        than = "more" if one > other else "less"
-        said.append(
-            f"{words} the mean deviation here is {one:.3f}, {than} than "
-            f"{others} ({other:.3f})."
-        )
-    return paragraphs([" ".join(said)])
+        "dropout, or with batch normalization in the dense layer alone. The "
+        f"mean deviation here: in the dense layer alone {dense:.3f}, in the "
+        f"convolutions or in all layers {others:.3f}; and with those of the "
+        f"dense layer alone left out, without dropout {bare:.3f}, with dropout "
+        f"0.4 {dropped:.3f}."
+    )
+    return paragraphs([said])
 
 
 def control_chapters(

@@ -118,17 +118,23 @@ def regenerate_control(results: controls.Results) -> str:
     usual |= {"steps": controls.STEPS, "eval_every": controls.EVAL_EVERY}
     command = ["python", "-m", "experiments.reproduce"]
     command += [f"--preset={control.name}"]
-    conditions = tuple(sorted({run.condition.number for run in runs}))
-    if conditions != control.conditions:
-        command += [f"--conditions={','.join(map(str, conditions))}"]
     # Other controls may have more runs of the article's settings.
-    seeds = [
-        run.seed
-        for arm in control.arms
-        if arm.changes
+    own = [
+        run
+        for arm in control.own_arms
         for run in results.runs.get(arm.name, ())
     ]
-    command += [f"--seeds={1 + max(seeds)}"]
+    numbers = {run.condition.number for run in own}
+    # What is the same in all arms is trained with those settings alone.
+    numbers |= {
+        run.condition.number
+        for run in runs
+        if not any(x.differs_in(run.condition.number) for x in control.own_arms)
+    }
+    conditions = tuple(sorted(numbers))
+    if conditions != control.conditions:
+        command += [f"--conditions={','.join(map(str, conditions))}"]
+    command += [f"--seeds={1 + max(run.seed for run in own)}"]
     command += [f"--dataset={facts['dataset']}", "--output=RESULTS"]
     for name in _FLAGS:
         own = facts.get(name, usual[name])

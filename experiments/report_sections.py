@@ -42,7 +42,7 @@ def page_sections(
     study_chapters, files = report_studies.chapters(studied)
     control_chapters, drawn = report_comparison.control_chapters(found)
     files |= drawn
-    runs = [run for x in found for own in x.runs.values() for run in own]
+    runs = controls.all_runs(found)
     of_controls = ""
     if runs:
         of_controls = settings_of(runs, "What made the control experiments")

@@ -107,7 +107,7 @@ def run(
     # Found out now rather than hours into the grid.
     for output, runs in grids.items():
         for settings in runs:
-            train.open_folder(settings, dataset, output)
+            train.open_folder(settings, dataset, output).check_checkpoint()
         result_files.check_addition(
             output, [train.describe(settings, dataset) for settings in runs]
         )
@@ -218,13 +218,19 @@ def grids_from_flags() -> dict[Path, list[Settings]]:
     if preset not in controls.CONTROLS:
         return {output: grid(seeds=seeds, **given)}
     control = controls.CONTROLS[preset]
-    for name in sorted(control.changed):
+    for name in sorted(controls.CHANGED):
         if flags.FLAGS[name].present:
             raise ExperimentError(
-                f"{name} is what the arms of --preset={preset} differ in: "
-                "leave that flag out. "
-                f"Received: {name}={flags.FLAGS[name].value}"
+                f"{name} is what arms of control experiments differ in, which "
+                "share the runs of the article's settings: leave that flag "
+                f"out. Received: {name}={flags.FLAGS[name].value}"
             )
+    if not set(given["conditions"]) <= set(control.conditions):
+        raise ExperimentError(
+            f"the conditions of --preset={preset} are "
+            f"{','.join(map(str, control.conditions))}. Received: "
+            f"conditions={','.join(map(str, given['conditions']))}"
+        )
     grids = {
         controls.folder(output, control, arm): [
             settings
@@ -233,7 +239,14 @@ def grids_from_flags() -> dict[Path, list[Settings]]:
         ]
         for arm in control.arms
     }
-    return {folder: runs for folder, runs in grids.items() if runs}
+    grids = {folder: runs for folder, runs in grids.items() if runs}
+    if len(grids) == 1:
+        raise ExperimentError(
+            f"all arms of --preset={preset} are alike without batch "
+            "normalization: give a condition that has it. Received: "
+            f"conditions={','.join(map(str, given['conditions']))}"
+        )
+    return grids
 
 
 def main(argv):

@@ -85,9 +85,6 @@ class RunFolder:
             same_settings.require_settings(self.path, facts, self._description)
             self.metrics()
             self._read(result_files.read_timing)
-            path = checkpoint.newest(self._checkpoint)
-            if path and not self.finished:
-                checkpoint.check(path)
         else:
             self._require_empty()
 
@@ -109,6 +106,16 @@ class RunFolder:
             and lines[-1]["step"] == self._description["steps"]
             and checkpoint.newest(self._checkpoint) is None
         )
+
+    def check_checkpoint(self) -> None:
+        """Finds out whether the checkpoint to go on from is whole, if any is.
+
+        Raises:
+            ExperimentError: it is damaged, or cannot be read.
+        """
+        path = checkpoint.newest(self._checkpoint)
+        if path and not self.finished:
+            checkpoint.check(path)
 
     @property
     def saved(self) -> int:

@@ -133,7 +133,20 @@ def test_controls_share_the_runs_of_the_articles_settings(tmp_path):
     assert "of one seed" in said[-1]
     assert "-20.0 points" in said[-1]
     page = report.write_report(tmp_path).read_text()
-    assert "--preset=learning_rate --seeds=1 " in page
+    assert "--preset=learning_rate --conditions=9 --seeds=1 " in page
+    assert "21 runs of control experiments." in page
+
+
+def test_what_other_controls_change_is_not_looked_at(tmp_path):
+    """Of the controls that have no runs but the article's settings."""
+    run_files.write_run(tmp_path / "controls/article", 9, 0, [0.5], steps=100)
+    for rate in (0.5, 0.001):
+        path = tmp_path / "controls/article/9/0/run.json"
+        facts = json.loads(path.read_text()) | {"learning_rate": rate}
+        path.write_text(json.dumps(facts))
+        assert controls.read(tmp_path) == []
+    with pytest.raises(ExperimentError, match="beside those of the article's"):
+        report.write_report(tmp_path)
 
 
 def test_the_articles_settings_alone_answer_nothing(tmp_path):
@@ -163,8 +176,8 @@ def test_arms_may_differ_in_what_they_are_for_alone(tmp_path):
 
 
 def test_runs_are_what_their_arm_says(tmp_path):
-    for number in (0, 9):
-        _write(tmp_path, "raw_fixed", number, 0, 0.5, input="standardized")
+    _write(tmp_path, "raw_reshuffled", 0, 0, 0.5)
+    _write(tmp_path, "raw_fixed", 0, 0, 0.5, input="standardized")
     said = "article has a run whose input is standardized; .* it is raw"
     with pytest.raises(ExperimentError, match=said):
         controls.read(tmp_path)

@@ -365,17 +365,23 @@ def test_what_arms_differ_in_cannot_be_given():
         "--preset=input_and_order --shuffle": "shuffle=True",
         "--preset=placement --placement=before": "placement=before",
         "--preset=learning_rate --learning_rate=0.5": "learning_rate=0.5",
+        "--preset=layer --learning_rate=0.5": "learning_rate=0.5",
+    }
+    others = {
+        "--preset=layer --conditions=3,9": "layer are 9,11. Received: "
+        "conditions=3,9",
+        "--preset=placement --conditions=0": "give a condition that has it. "
+        "Received: conditions=0",
     }
     # Without batch normalization, condition 0, there is nothing to place.
     right = {
-        "--preset=layer --learning_rate=0.5": "[2, 2]",
+        "--preset=layer --optimizer=sgd": "[2, 2]",
         "--layer=keras": "[2]",
         "--preset=placement": "[2, 1, 1]",
-        "--preset=placement --conditions=0": "[1]",
         "--preset=learning_rate": "[2, 2, 2]",
     }
     done = subprocess.run(
-        [sys.executable, "-c", _ASKING, *wrong, *right],
+        [sys.executable, "-c", _ASKING, *wrong, *others, *right],
         cwd=_ROOT,
         capture_output=True,
         text=True,
@@ -383,7 +389,9 @@ def test_what_arms_differ_in_cannot_be_given():
     said = done.stdout.splitlines()
     for line, received in zip(said, wrong.values()):
         assert line.endswith(f"leave that flag out. Received: {received}")
-    assert said[len(wrong) :] == list(right.values())
+    for line, end in zip(said[len(wrong) :], others.values()):
+        assert line.endswith(end)
+    assert said[len(wrong) + len(others) :] == list(right.values())
 
 
 def test_an_empty_output_is_refused():

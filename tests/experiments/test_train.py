@@ -20,7 +20,6 @@ from experiments import article
 from experiments import data
 from experiments import evaluation
 from experiments import models
-from experiments import run_folder
 from experiments import run_model
 from experiments import train
 
@@ -198,20 +197,6 @@ def test_what_recalibration_makes_of_it(undisturbed, few):
     (found,) = _read(undisturbed / "recalibrated.json")
     right = np.mean(logits.argmax(-1) == few.test_labels)
     assert found == {"images": 20, "test_accuracy": pytest.approx(right)}
-
-
-def test_one_process_recalibrates_and_others_wait(few, tmp_path):
-    settings = _settings(condition=9, steps=1)
-    train.run(settings, few, tmp_path)
-    answer = tmp_path / "9/0/recalibrated.json"
-    before = answer.read_text()
-    answer.unlink()
-    with train.open_folder(settings, few, tmp_path).locked():
-        with pytest.raises(run_folder.BusyError):
-            train.run(settings, few, tmp_path)
-    assert not answer.exists()
-    train.run(settings, few, tmp_path)
-    assert answer.read_text() == before
 
 
 def test_nothing_is_recalibrated_where_nothing_is_normalized(few, tmp_path):
