@@ -117,7 +117,14 @@ def test_what_scaling_and_reshuffling_bring_is_what_the_files_say():
         for arm in ("raw_fixed", "standardized_reshuffled")
     )
     told = " ".join(_README.split())
-    assert f"without it gains {100 * (scaled - bare):.1f} points" in told
+    assert f"gains {100 * (scaled - bare):.1f} points" in told
+    points = {words: cells[0].lstrip("+") for words, *cells in _ROWS}
+    right = {words: cells[2].lstrip("+") for words, *cells in _ROWS}
+    raw, both, _, _, alone, brings = points
+    assert f"alone takes away {points[alone]} of its {points[raw]} poi" in told
+    assert f"normalization it brings {points[brings]}." in told
+    assert f"and {points[both]} of the {points[raw]} are left, which" in told
+    assert f"it stays small, {right[both]} points" in told
 
 
 def test_the_report_has_the_same_numbers():
