@@ -196,7 +196,7 @@ def test_a_chapter_says_what_it_was_measured_on(tmp_path):
         "--preset=input_and_order --conditions=0,9 --seeds=5 "
         "--dataset=digits --output=RESULTS<"
     ) in page
-    made = page[page.index("What made the control experiments") :]
+    made = page[page.index("What made the control experiments</h2>") :]
     assert '<th scope="row">input</th><td>not the same in all<' in made
     assert '<th scope="row">layer</th><td>keras_bn<' in made
     assert '<th scope="row">data</th><td>digits 1.7 (a test' in made

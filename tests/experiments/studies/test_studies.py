@@ -159,8 +159,8 @@ def test_the_report_has_a_table_and_chapters(tmp_path):
     study_files.write(studies.find("placement"), tmp_path, _some)
     page = report.write_report(tmp_path).read_text()
     table = page.index("claims, measured</h2>")
-    assert table < page.index("Study: Placement")
-    assert page.index("Study: Placement") < page.index("Study: Older remedies")
+    first = page.index("Study: Placement</h2>")
+    assert table < first < page.index("Study: Older remedies</h2>")
     assert "python -m experiments.studies older_remedies" in page
     assert "Verdict: supported." in page
     assert "What would change it:" in page
