@@ -17,7 +17,9 @@ import tempfile
 import time
 
 from experiments import ExperimentError
+from experiments import interruptions_deferred
 from experiments import launch
+from experiments import raise_if_interrupted
 from experiments import require_backend
 from experiments import signal_received
 from experiments import train
@@ -84,17 +86,21 @@ def run(backend: str, arguments: list[str]) -> None:
     command.append(f"--distribution={name}")
     with tempfile.TemporaryFile("w+") as output:
         shown = [{}, {"stdout": output, "stderr": output}]
-        workers = [
-            # Ctrl-C comes by this process, once.
-            subprocess.Popen(
-                command,
-                env=os.environ | added,
-                start_new_session=True,
-                **streams,
-            )
-            for added, streams in zip(environments(backend), shown)
-        ]
+        workers = []
         try:
+            # Cut short, the start of a worker would leave one unknown to us.
+            with interruptions_deferred():
+                for added, streams in zip(environments(backend), shown):
+                    raise_if_interrupted()
+                    worker = subprocess.Popen(
+                        command,
+                        env=os.environ | added,
+                        # Ctrl-C comes by this process, once.
+                        start_new_session=True,
+                        **streams,
+                    )
+                    workers.append(worker)
+            raise_if_interrupted()
             failed = _first_failure(workers)
         except KeyboardInterrupt:
             _end(workers, signal_received())

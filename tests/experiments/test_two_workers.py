@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import keras
+import pytest
 
 _ROOT = Path(__file__).parents[2]
 # With workers that are shell scripts, in place of Python.
@@ -25,14 +26,14 @@ experiments.launch({})
 _RUN = 'lambda argv: two_workers.run("torch", [])'
 
 
-def _start(program, worker, script):
+def _start(program, worker, script, before=""):
     worker.write_text(f"#!/bin/sh\n{script}")
     worker.chmod(0o700)
     return subprocess.Popen(
         [
             sys.executable,
             "-c",
-            _PROGRAM.format(program),
+            before + _PROGRAM.format(program),
             "--condition=3",
             "--synchronized",
             str(worker),
@@ -72,6 +73,43 @@ def test_a_terminal_that_closes_leaves_no_workers(tmp_path):
     assert not running
     assert program.returncode == 129
     assert errors.splitlines()[-1].startswith("interrupted: ")
+
+
+# A signal comes while the first, or the second, worker is being started.
+_INTERRUPTED_START = """lambda argv: (
+    setattr(subprocess, "Popen", interrupted),
+    two_workers.run("torch", []),
+)
+"""
+_INTERRUPTED = """
+import os, signal, subprocess
+
+really, started = subprocess.Popen, []
+
+def interrupted(*arguments, **options):
+    started.append(really(*arguments, **options))
+    if len(started) == COUNT:
+        os.kill(os.getpid(), signal.SIGHUP)
+    return started[-1]
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_start_that_is_interrupted_leaves_no_workers(tmp_path, count):
+    program = _start(
+        _INTERRUPTED_START,
+        tmp_path / "worker",
+        f"echo $$ > {tmp_path}/$RANK.pid\nexec sleep 600\n",
+        _INTERRUPTED.replace("COUNT", str(count)),
+    )
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == 129
+    assert errors.splitlines()[-1].startswith("interrupted: ")
+    files = list(tmp_path.glob("*.pid"))
+    assert len(files) <= count
+    # One that was ended at once may not have written its number.
+    started = [int(text) for x in files if (text := x.read_text())]
+    assert not any(map(_is_running, started))
 
 
 def test_the_chief_is_shown_and_the_flags_are_both_workers(tmp_path):
