@@ -13,7 +13,7 @@ from absl import flags
 
 from experiments import ExperimentError
 from experiments import atomic
-from experiments import controls
+from experiments import control_results
 from experiments import launch
 from experiments import report_sections
 from experiments import report_studies
@@ -46,12 +46,12 @@ def write_report(
             written. What an earlier call wrote stays then.
     """
     results_dir = Path(results_dir)
-    found = controls.read(results_dir)
+    found = control_results.read(results_dir)
     studied = report_studies.read(results_dir)
     contents = None
     others = bool(found or studied)
     begun = result_files.has_files(results_dir, "*/*/run.json")
-    if not (others or begun) and controls.begun(results_dir):
+    if not (others or begun) and control_results.begun(results_dir):
         raise ExperimentError(
             f"no control experiment in {results_dir} has a finished run yet "
             "beside those of the article's settings; come back when one has"

@@ -4,17 +4,12 @@ import numpy as np
 
 from experiments import article
 from experiments import comparison
-from experiments import controls
-from experiments import report_figures
-from experiments import report_plots
-from experiments import report_summaries
 from experiments import same_settings
 from experiments.comparison import AtStep
 from experiments.report_html import items
 from experiments.report_html import paragraphs
 from experiments.report_html import section
 from experiments.report_html import table
-from experiments.report_regeneration import regenerate_control
 from experiments.report_summaries import Contents
 
 # Settings in which a run can depart from the article, and the article's.
@@ -349,58 +344,3 @@ def _remark_on_stability(deviations) -> str:
         f"0.4 {dropped:.3f}."
     )
     return paragraphs([said])
-
-
-def control_chapters(
-    found: list[controls.Results],
-) -> tuple[str, dict[str, str]]:
-    """A chapter for each control experiment, and name -> SVG of its figure."""
-    parts, files = [], {}
-    for results in found:
-        control = results.control
-        groups = [
-            (
-                f"{number}, {arm.words}",
-                results.accuracies[arm.name, number],
-            )
-            for number in control.conditions
-            for arm in control.arms
-            if (arm.name, number) in results.accuracies
-        ]
-        runs = [run for own in results.runs.values() for run in own]
-        name = f"control_{control.name}"
-        svg = report_plots.draw_dots(name, groups)
-        files[name] = svg
-        words = "; ".join(
-            f"{label}: {np.mean(list(of_seeds.values())):.3f}"
-            for label, of_seeds in groups
-        )
-        caption = _control_caption(runs)
-        parts.append(
-            section(
-                f"Control: {control.question}",
-                items(results.verdicts()),
-                report_figures.figure(svg, caption, f"{caption} {words}."),
-                regenerate_control(results),
-            )
-        )
-    return "\n".join(parts), files
-
-
-def _control_caption(runs) -> str:
-    facts = runs[0].facts
-    last = min(controls.LAST_EVALUATIONS, *(len(r.accuracies) for r in runs))
-    said = (
-        f"{len(runs)} runs on {report_summaries.data_of(facts)}. Each dot is a "
-        "seed, the bar their mean, where the sentences above take the seeds "
-        "alone that have all of their runs: test accuracy, the mean of the "
-        f"last {last} evaluations of {facts['steps']:,} steps."
-    )
-    seconds = [r.train_seconds for r in runs if r.train_seconds is not None]
-    if seconds:
-        said += (
-            f" Training took {min(seconds):,.0f} to {max(seconds):,.0f} "
-            f"seconds a run ({facts.get('backend', 'backend not recorded')}, "
-            f"{facts.get('device', 'device not recorded')})."
-        )
-    return said

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Sequence
 
+from experiments import control_results
 from experiments import controls
 from experiments import same_settings
 from experiments.report_html import commands
@@ -109,7 +110,7 @@ def regenerate(contents: Contents) -> str:
     )
 
 
-def regenerate_control(results: controls.Results) -> str:
+def regenerate_control(results: control_results.Results) -> str:
     """The command that makes the runs of a control experiment once more."""
     control = results.control
     runs = [run for own in results.runs.values() for run in own]

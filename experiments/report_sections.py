@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from experiments import article
-from experiments import controls
+from experiments import control_results
 from experiments import report_comparison
+from experiments import report_controls
 from experiments import report_figures
 from experiments import report_studies
 from experiments import report_summaries
@@ -24,7 +25,7 @@ _MATCHING_STEPS = 0.05
 
 def page_sections(
     contents: Contents | None,
-    found: Sequence[controls.Results],
+    found: Sequence[control_results.Results],
     studied: Sequence[study.Results] = (),
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Writes out every section of the page.
@@ -40,9 +41,9 @@ def page_sections(
     """
     summary = report_studies.summary(studied)
     study_chapters, files = report_studies.chapters(studied)
-    control_chapters, drawn = report_comparison.control_chapters(found)
+    control_chapters, drawn = report_controls.chapters(found)
     files |= drawn
-    runs = controls.all_runs(found)
+    runs = control_results.all_runs(found)
     of_controls = ""
     if runs:
         of_controls = settings_of(runs, "What made the control experiments")

@@ -22,6 +22,7 @@ from absl import flags
 from experiments import ExperimentError
 from experiments import article
 from experiments import atomic
+from experiments import control_results
 from experiments import controls
 from experiments import data
 from experiments import launch
@@ -264,7 +265,7 @@ def main(argv):
         if len(grids) > 1:
             print(f"{folder}:")
         print(table(accuracies, grids[folder][0].steps, dataset))
-    for found in controls.read(output):
+    for found in control_results.read(output):
         if found.control.name == flags.FLAGS.preset:
             print("\n".join(found.verdicts()))
     if dataset.name != "cifar10":

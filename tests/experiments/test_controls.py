@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from experiments import ExperimentError
+from experiments import control_results
 from experiments import controls
 from experiments import report
 from experiments.run_settings import Settings
@@ -47,7 +48,7 @@ def _gaps(output, raw, scaled, **facts):
 
 
 def _verdicts(output):
-    (results,) = controls.read(output)
+    (results,) = control_results.read(output)
     return results.verdicts()
 
 
@@ -122,7 +123,7 @@ def test_controls_share_the_runs_of_the_articles_settings(tmp_path):
         every=156,
         **{"eval_every": 156, "steps": 3120, **other.changes},
     )
-    first, second = controls.read(tmp_path)
+    first, second = control_results.read(tmp_path)
     assert first.control == _CONTROL
     assert second.control == control
     shared = second.runs[article.name]
@@ -144,14 +145,14 @@ def test_what_other_controls_change_is_not_looked_at(tmp_path):
         path = tmp_path / "controls/article/9/0/run.json"
         facts = json.loads(path.read_text()) | {"learning_rate": rate}
         path.write_text(json.dumps(facts))
-        assert controls.read(tmp_path) == []
+        assert control_results.read(tmp_path) == []
     with pytest.raises(ExperimentError, match="beside those of the article's"):
         report.write_report(tmp_path)
 
 
 def test_the_articles_settings_alone_answer_nothing(tmp_path):
     _write(tmp_path, "raw_fixed", 0, 0, 0.5)
-    assert controls.read(tmp_path) == []
+    assert control_results.read(tmp_path) == []
 
 
 def test_one_seed_gives_no_verdict(tmp_path):
@@ -172,7 +173,7 @@ def test_arms_may_differ_in_what_they_are_for_alone(tmp_path):
     _gaps(tmp_path, 0.1, 0.0)
     _write(tmp_path, "raw_fixed", 11, 0, 0.5, optimizer="sgd")
     with pytest.raises(ExperimentError, match="differ in optimizer"):
-        controls.read(tmp_path)
+        control_results.read(tmp_path)
 
 
 def test_runs_are_what_their_arm_says(tmp_path):
@@ -180,7 +181,7 @@ def test_runs_are_what_their_arm_says(tmp_path):
     _write(tmp_path, "raw_fixed", 0, 0, 0.5, input="standardized")
     said = "article has a run whose input is standardized; .* it is raw"
     with pytest.raises(ExperimentError, match=said):
-        controls.read(tmp_path)
+        control_results.read(tmp_path)
 
 
 def test_a_chapter_says_what_it_was_measured_on(tmp_path):

@@ -1,0 +1,67 @@
+"""The chapters of the report on the control experiments."""
+
+import numpy as np
+
+from experiments import control_results
+from experiments import report_figures
+from experiments import report_plots
+from experiments import report_summaries
+from experiments.report_html import items
+from experiments.report_html import section
+from experiments.report_regeneration import regenerate_control
+
+
+def chapters(
+    found: list[control_results.Results],
+) -> tuple[str, dict[str, str]]:
+    """A chapter for each control experiment, and name -> SVG of its figure."""
+    parts, files = [], {}
+    for results in found:
+        control = results.control
+        groups = [
+            (
+                f"{number}, {arm.words}",
+                results.accuracies[arm.name, number],
+            )
+            for number in control.conditions
+            for arm in control.arms
+            if (arm.name, number) in results.accuracies
+        ]
+        runs = [run for own in results.runs.values() for run in own]
+        name = f"control_{control.name}"
+        svg = report_plots.draw_dots(name, groups)
+        files[name] = svg
+        words = "; ".join(
+            f"{label}: {np.mean(list(of_seeds.values())):.3f}"
+            for label, of_seeds in groups
+        )
+        caption = _caption(runs)
+        parts.append(
+            section(
+                f"Control: {control.question}",
+                items(results.verdicts()),
+                report_figures.figure(svg, caption, f"{caption} {words}."),
+                regenerate_control(results),
+            )
+        )
+    return "\n".join(parts), files
+
+
+def _caption(runs) -> str:
+    facts = runs[0].facts
+    counts = [len(run.accuracies) for run in runs]
+    last = min(control_results.LAST_EVALUATIONS, *counts)
+    said = (
+        f"{len(runs)} runs on {report_summaries.data_of(facts)}. Each dot is a "
+        "seed, the bar their mean, where the sentences above take the seeds "
+        "alone that have all of their runs: test accuracy, the mean of the "
+        f"last {last} evaluations of {facts['steps']:,} steps."
+    )
+    seconds = [r.train_seconds for r in runs if r.train_seconds is not None]
+    if seconds:
+        said += (
+            f" Training took {min(seconds):,.0f} to {max(seconds):,.0f} "
+            f"seconds a run ({facts.get('backend', 'backend not recorded')}, "
+            f"{facts.get('device', 'device not recorded')})."
+        )
+    return said
