@@ -87,19 +87,28 @@ class Control:
         return [arm for arm in self.arms if arm.changes]
 
 
-def _gap(arm, words):
+def _gap(arm, where):
     return Claim(
-        f"Batch normalization (condition 9 less condition 0) on {words}",
+        f"Batch normalization (condition 9 less condition 0) {where}",
         ((arm, 9),),
         ((arm, 0),),
     )
 
 
-def _taken(arm, words):
+def _taken(arm, what_takes):
     return Claim(
-        words,
+        f"What {what_takes} away of the gap on raw pixels in fixed order",
         (("raw_fixed", 9), (arm, 0)),
         (("raw_fixed", 0), (arm, 9)),
+    )
+
+
+def _dropout(arm, where):
+    return Claim(
+        "Dropout 0.4 beside batch normalization (condition 11 less condition "
+        f"9) {where}",
+        ((arm, 11),),
+        ((arm, 9),),
     )
 
 
@@ -135,23 +144,21 @@ CONTROLS = {
                 ),
             ),
             (
-                _gap("raw_fixed", "raw pixels in fixed order"),
+                _gap("raw_fixed", "on raw pixels in fixed order"),
+                _gap("raw_reshuffled", "on raw pixels, reshuffled"),
                 _gap(
-                    "standardized_reshuffled",
-                    "standardized pixels, reshuffled",
-                ),
-                _taken(
-                    "standardized_reshuffled",
-                    "What standardizing and reshuffling take away of the gap "
-                    "on raw pixels in fixed order",
-                ),
-                _gap(
-                    "standardized_fixed", "standardized pixels in fixed order"
-                ),
-                _taken(
                     "standardized_fixed",
-                    "What standardizing alone takes away of the gap on raw "
-                    "pixels in fixed order",
+                    "on standardized pixels in fixed order",
+                ),
+                _gap(
+                    "standardized_reshuffled",
+                    "on standardized pixels, reshuffled",
+                ),
+                _taken("raw_reshuffled", "reshuffling alone takes"),
+                _taken("standardized_fixed", "standardizing alone takes"),
+                _taken(
+                    "standardized_reshuffled",
+                    "standardizing and reshuffling take",
                 ),
                 Claim(
                     "Standardizing pixels without batch normalization "
@@ -165,11 +172,10 @@ CONTROLS = {
                     (("raw_reshuffled", 0),),
                     (("raw_fixed", 0),),
                 ),
-                Claim(
-                    "Dropout 0.4 beside batch normalization (condition 11 "
-                    "less condition 9, as published)",
-                    (("raw_fixed", 11),),
-                    (("raw_fixed", 9),),
+                _dropout("raw_fixed", "on raw pixels in fixed order"),
+                _dropout(
+                    "standardized_reshuffled",
+                    "on standardized pixels, reshuffled",
                 ),
             ),
         ),
@@ -222,9 +228,15 @@ CONTROLS = {
                 for rate in (1e-4, 1e-3, 1e-2)
             ),
             (
-                _gap("rate_0.0001", "a learning rate of 0.0001"),
-                _gap("rate_0.001", "the article's learning rate, 0.001"),
-                _gap("rate_0.01", "a learning rate of 0.01"),
+                _gap("rate_0.0001", "at a learning rate of 0.0001"),
+                _gap("rate_0.001", "at the article's learning rate, 0.001"),
+                _gap("rate_0.01", "at a learning rate of 0.01"),
+                Claim(
+                    "Batch normalization at a learning rate of 0.001 against "
+                    "none at 0.0001",
+                    (("rate_0.001", 9),),
+                    (("rate_0.0001", 0),),
+                ),
                 _rate_claim("rate_0.0001", "0.0001", 0),
                 _rate_claim("rate_0.01", "0.01", 9),
             ),

@@ -26,13 +26,13 @@ def _rows(name):
     ]
 
 
-_ROWS = _rows("input_and_order")
+_ROWS = [["`input_and_order`", *row] for row in _rows("input_and_order")]
 _ARMS = _rows("arms of input_and_order")
 
 
-def _runs(name, condition):
-    (arm,) = (arm for arm in _CONTROL.arms if arm.name == name)
-    own = controls.folder(_RESULTS, _CONTROL, arm)
+def _runs(control, name, condition):
+    (arm,) = (arm for arm in control.arms if arm.name == name)
+    own = controls.folder(_RESULTS, control, arm)
     return {int(path.name): path for path in own.glob(f"{condition}/*")}
 
 
@@ -54,10 +54,10 @@ def _recalibrated(run):
     return json.loads(path.read_text())["test_accuracy"]
 
 
-def _differences(claim, value=_accuracy):
+def _differences(control, claim, value=_accuracy):
     """Seed by seed, what the claim's runs come to."""
     terms = [(1, x) for x in claim.ours] + [(-1, x) for x in claim.others]
-    runs = [_runs(*term) for _, term in terms]
+    runs = [_runs(control, *term) for _, term in terms]
     return [
         sum(
             sign * value(own[seed])
@@ -79,24 +79,35 @@ def _points_and_interval(differences):
 
 
 def test_every_claim_that_was_measured_has_a_row():
-    measured = [x.words for x in _CONTROL.claims if len(_differences(x)) > 1]
-    assert [row[0] for row in _ROWS] == measured
+    measured = [
+        [f"`{control.name}`", claim.words]
+        for control in controls.CONTROLS.values()
+        if (_RESULTS / controls.FOLDER / control.name).exists()
+        for claim in control.claims
+        if len(_differences(control, claim)) > 1
+    ]
+    assert [row[:2] for row in _ROWS] == measured
     assert measured
-    arms = {x for c in _CONTROL.claims if _differences(c) for x, _ in c.ours}
-    words = [arm.words for arm in _CONTROL.arms if arm.name in arms]
-    assert [row[0] for row in _ARMS] == words
+    both = [
+        arm.words
+        for arm in _CONTROL.arms
+        if all(_runs(_CONTROL, arm.name, number) for number in (0, 9))
+    ]
+    assert [row[0] for row in _ARMS] == both
 
 
-@pytest.mark.parametrize("row", _ROWS, ids=lambda row: row[0])
+@pytest.mark.parametrize("row", _ROWS, ids=lambda row: row[1])
 def test_a_row_says_what_the_files_do(row):
-    words, points, interval, *recalibrated, seeds = row
-    (claim,) = (x for x in _CONTROL.claims if x.words == words)
-    found = _differences(claim)
+    preset, words, points, interval, *recalibrated, seeds = row
+    control = controls.CONTROLS[preset.strip("`")]
+    (claim,) = (x for x in control.claims if x.words == words)
+    found = _differences(control, claim)
     assert int(seeds) == len(found)
     assert (points, interval) == _points_and_interval(found)
     right = ("–", "–")
     if _has_batch_norm(claim):
-        right = _points_and_interval(_differences(claim, _recalibrated))
+        found = _differences(control, claim, _recalibrated)
+        right = _points_and_interval(found)
     assert tuple(recalibrated) == right
 
 
@@ -104,7 +115,7 @@ def test_a_row_says_what_the_files_do(row):
 def test_what_an_arm_comes_to(row):
     words, *means, recalibrated, seeds = row
     (arm,) = (arm for arm in _CONTROL.arms if arm.words == words)
-    runs = [_runs(arm.name, condition) for condition in (0, 9)]
+    runs = [_runs(_CONTROL, arm.name, condition) for condition in (0, 9)]
     assert [set(own) for own in runs] == [set(range(int(seeds)))] * 2
     for mean, own in zip(means, runs, strict=True):
         assert mean == f"{np.mean([_accuracy(x) for x in own.values()]):.3f}"
@@ -114,29 +125,50 @@ def test_what_an_arm_comes_to(row):
 
 def test_what_scaling_and_reshuffling_bring_is_what_the_files_say():
     bare, scaled = (
-        np.mean([_accuracy(run) for run in _runs(arm, 0).values()])
+        np.mean([_accuracy(run) for run in _runs(_CONTROL, arm, 0).values()])
         for arm in ("raw_fixed", "standardized_reshuffled")
     )
     told = " ".join(_README.split())
     assert f"gains {100 * (scaled - bare):.1f} points" in told
-    points = {words: cells[0].lstrip("+") for words, *cells in _ROWS}
-    right = {words: cells[2].lstrip("+") for words, *cells in _ROWS}
-    raw, both, _, _, alone, brings = points
-    assert f"alone takes away {points[alone]} of its {points[raw]} poi" in told
-    assert f"normalization it brings {points[brings]}." in told
-    assert f"and {points[both]} of the {points[raw]} are left, which" in told
-    assert f"it stays small, {right[both]} points" in told
+    cells = {words: row for _, words, *row in _ROWS}
+    gap = "Batch normalization (condition 9 less condition 0) on "
+    raw = cells[gap + "raw pixels in fixed order"]
+    both = cells[gap + "standardized pixels, reshuffled"]
+    taken = "away of the gap on raw pixels in fixed order"
+    alone = cells[f"What standardizing alone takes {taken}"]
+    brings = cells[
+        "Standardizing pixels without batch normalization (condition 0, "
+        "fixed order)"
+    ]
+    order = cells[f"What reshuffling alone takes {taken}"]
+    assert float(order[1].split(" to ")[0]) < 0 < float(order[1].split()[-1])
+    brings_order = cells[
+        "Reshuffling without batch normalization (condition 0, raw pixels)"
+    ][0].lstrip("+")
+    raw, both, alone, brings = (
+        [cell.lstrip("+") for cell in row] for row in (raw, both, alone, brings)
+    )
+    assert f"Reshuffling alone brings {brings_order} without batch" in told
+    assert f"alone takes away {alone[0]} of its {raw[0]} points" in told
+    assert f"normalization it brings {brings[0]}." in told
+    assert f"and {both[0]} of the {raw[0]} are left, which" in told
+    assert f"it stays small, {both[2]} points" in told
 
 
 def test_the_report_has_the_same_numbers():
     """`control_results` against the arithmetic of this file."""
-    found = control_results.read(_RESULTS)
-    (results,) = (x for x in found if x.control == _CONTROL)
-    for claim, said in zip(_CONTROL.claims, results.verdicts(), strict=True):
-        found = _differences(claim)
-        if len(found) > 1:
-            assert f": {100 * np.mean(found):+.1f} points" in said
-            assert f"over {len(found)} seeds" in said
+    said = {
+        said
+        for results in control_results.read(_RESULTS)
+        for said in results.verdicts()
+    }
+    for preset, words, *_ in _ROWS:
+        control = controls.CONTROLS[preset.strip("`")]
+        (claim,) = (x for x in control.claims if x.words == words)
+        found = _differences(control, claim)
+        (verdict,) = (x for x in said if x.startswith(f"{words}: "))
+        assert f": {100 * np.mean(found):+.1f} points" in verdict
+        assert f"over {len(found)} seeds" in verdict
 
 
 def test_runs_differ_in_their_arms_alone():

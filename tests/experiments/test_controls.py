@@ -47,32 +47,44 @@ def _gaps(output, raw, scaled, **facts):
             _write(output, arm, 9, seed, 0.5 + gap - off, **facts)
 
 
+_GAP = "Batch normalization (condition 9 less condition 0) on "
+_TAKEN = " away of the gap on raw pixels in fixed order"
+
+
 def _verdicts(output):
+    """Words of a claim -> what is said of it after them."""
     (results,) = control_results.read(output)
-    return results.verdicts()
+    return {
+        claim.words: said.removeprefix(f"{claim.words}: ")
+        for claim, said in zip(
+            results.control.claims, results.verdicts(), strict=True
+        )
+    }
 
 
 def test_the_gap_and_what_scaling_takes_away_of_it(tmp_path):
     _gaps(tmp_path, 0.1, 0.0)
-    gap, scaled, taken, *others = _verdicts(tmp_path)
+    said = _verdicts(tmp_path)
     off = -2 * np.array([0.0, 0.004, -0.003, 0.001, 0.002])
     right = stats.ttest_1samp(0.1 + off, 0).confidence_interval(0.95)
-    assert gap.endswith(
-        f"fixed order: {100 * np.mean(0.1 + off):+.1f} points of test "
-        f"accuracy, 95% interval {100 * right.low:+.1f} to "
-        f"{100 * right.high:+.1f} over 5 seeds: more, clearly."
+    assert said.pop(f"{_GAP}raw pixels in fixed order") == (
+        f"{100 * np.mean(0.1 + off):+.1f} points of test accuracy, 95% "
+        f"interval {100 * right.low:+.1f} to {100 * right.high:+.1f} over 5 "
+        "seeds: more, clearly."
     )
+    scaled = said.pop(f"{_GAP}standardized pixels, reshuffled")
     assert scaled.endswith("no difference is shown.")
-    assert "take away of the gap" in taken
-    assert "fixed order: +10.0 points" in taken
-    assert all(x.endswith("not measured yet.") for x in others)
+    taken = said.pop(f"What standardizing and reshuffling take{_TAKEN}")
+    assert taken.startswith("+10.0 points")
+    assert set(said.values()) == {"not measured yet."}
 
 
 def test_a_wrong_sign_turns_the_verdict(tmp_path):
     _gaps(tmp_path, -0.1, 0.0)
-    gap, _, taken, *_ = _verdicts(tmp_path)
-    assert gap.endswith("less, clearly.")
-    assert taken.endswith("less, clearly.")
+    said = _verdicts(tmp_path)
+    taken = f"What standardizing and reshuffling take{_TAKEN}"
+    for words in (f"{_GAP}raw pixels in fixed order", taken):
+        assert said[words].endswith("less, clearly.")
 
 
 def test_scaling_is_told_from_reshuffling(tmp_path):
@@ -81,12 +93,12 @@ def test_scaling_is_told_from_reshuffling(tmp_path):
     for seed in range(5):
         _write(tmp_path, "standardized_fixed", 0, seed, 0.5)
         _write(tmp_path, "standardized_fixed", 9, seed, 0.6 + seed / 1000)
-    _, _, both, left, alone, *_ = _verdicts(tmp_path)
-    assert "standardizing and reshuffling" in both
+    said = _verdicts(tmp_path)
+    both = said[f"What standardizing and reshuffling take{_TAKEN}"]
     assert both.endswith("more, clearly.")
-    assert left.startswith("Batch normalization (condition 9 less condition 0)")
-    assert "on standardized pixels in fixed order: +10.2 points" in left
-    assert "standardizing alone" in alone
+    left = said[f"{_GAP}standardized pixels in fixed order"]
+    assert left.startswith("+10.2 points")
+    alone = said[f"What standardizing alone takes{_TAKEN}"]
     assert alone.endswith("no difference is shown.")
 
 
@@ -97,16 +109,17 @@ def test_statistics_that_are_right_are_compared_too(tmp_path):
     for path in tmp_path.glob("controls/article/9/*"):
         answer = {"test_accuracy": 0.7 + noise[int(path.name)]}
         (path / "recalibrated.json").write_text(json.dumps(answer))
-    gap, scaled, *_ = _verdicts(tmp_path)
+    said = _verdicts(tmp_path)
     # The last evaluation of seed 0 is 0.5 - 0.01, and so on.
     bare = 0.49 + np.array([0.0, 0.004, -0.003, 0.001, 0.002])
     off = 100 * (0.7 + noise - bare)
     right = stats.ttest_1samp(off, 0).confidence_interval(0.95)
-    assert gap.endswith(
+    assert said[f"{_GAP}raw pixels in fixed order"].endswith(
         "more, clearly. At the last step, with recalibrated statistics: "
         f"{off.mean():+.1f} points of test accuracy, 95% interval "
         f"{right.low:+.1f} to {right.high:+.1f} over 5 seeds."
     )
+    scaled = said[f"{_GAP}standardized pixels, reshuffled"]
     assert "recalibrated" not in scaled
 
 
@@ -159,14 +172,16 @@ def test_one_seed_gives_no_verdict(tmp_path):
     _write(tmp_path, "standardized_fixed", 9, 0, 0.5)
     _write(tmp_path, "raw_fixed", 0, 0, 0.5)
     _write(tmp_path, "raw_fixed", 9, 0, 0.6)
-    assert _verdicts(tmp_path)[0].endswith("hence no verdict.")
+    said = _verdicts(tmp_path)[f"{_GAP}raw pixels in fixed order"]
+    assert said.endswith("hence no verdict.")
 
 
 def test_seeds_are_paired(tmp_path):
     _write(tmp_path, "standardized_fixed", 9, 0, 0.5)
     _write(tmp_path, "raw_fixed", 0, 0, 0.5)
     _write(tmp_path, "raw_fixed", 9, 1, 0.6)
-    assert _verdicts(tmp_path)[0].endswith("not measured yet.")
+    said = _verdicts(tmp_path)[f"{_GAP}raw pixels in fixed order"]
+    assert said.endswith("not measured yet.")
 
 
 def test_arms_may_differ_in_what_they_are_for_alone(tmp_path):
