@@ -8,7 +8,6 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable
 
 import numpy as np
 
@@ -319,8 +318,27 @@ class Batches:
         return self._order[index * self.size : (index + 1) * self.size]
 
 
-def inputs(dataset: Dataset, input: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the function from uint8 images to the network's inputs.
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Makes the network's inputs: (images - shift) * factor.
+
+    Called with uint8 (batch, 32, 32, 3) it returns float32 of that shape.
+
+    Attributes:
+        shift, factor: float32 (channels,), or None where nothing is done.
+    """
+
+    shift: np.ndarray | None = None
+    factor: np.ndarray | None = None
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        if self.shift is None:
+            return images.astype(np.float32)
+        return (images - self.shift) * self.factor
+
+
+def inputs(dataset: Dataset, input: str) -> Inputs:
+    """Returns what makes the network's inputs of uint8 images.
 
     Args:
         dataset: a `Dataset`.
@@ -328,22 +346,17 @@ def inputs(dataset: Dataset, input: str) -> Callable[[np.ndarray], np.ndarray]:
             channel's mean and divided by its standard deviation, both over
             the training images.
 
-    Returns:
-        A callable from uint8 (batch, 32, 32, 3) to float32 of that shape.
-
     Raises:
         ExperimentError: `input` is not one of `INPUTS`.
     """
     if input == "raw":
-        return lambda images: images.astype(np.float32)
+        return Inputs()
     if input != "standardized":
         raise ExperimentError(
             f"input is one of {', '.join(INPUTS)}. Received: input={input!r}"
         )
     mean, deviation = moments(dataset.train_images)
-    shift = mean.astype(np.float32)
-    factor = (1 / deviation).astype(np.float32)
-    return lambda images: (images - shift) * factor
+    return Inputs(mean.astype(np.float32), (1 / deviation).astype(np.float32))
 
 
 def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from experiments import ExperimentError
 from experiments import checkpoint
 from experiments import data
-from experiments import evaluation
 from experiments import run_model
+from experiments.distribution.workers import Workers
 from experiments.run_settings import Settings
 
 if TYPE_CHECKING:
@@ -81,13 +81,16 @@ def check(
     Returns:
         Whether the losses agree.
     """
+    # It needs Keras, whose backend has been looked at by now.
+    from experiments import device_loop
+
     settings, agree = Settings(condition), True
-    losses = {}
-    for where in ("CPU:0", device):
-        # The device's model is kept for what is timed.
-        model, losses[where] = _losses(settings, dataset, where)
+    batches = data.Batches(dataset, settings.batch_size)
+    _, of_cpu = _losses(Workers(), settings, batches, dataset, "CPU:0")
+    workers = device_loop.of_backend()
+    model, of_device = _losses(workers, settings, batches, dataset, device)
     for step, tolerance in TOLERANCES.items():
-        expected, found = losses["CPU:0"][step], losses[device][step]
+        expected, found = of_cpu[step], of_device[step]
         differs = abs(found - expected) > tolerance * expected
         agree = agree and not differs
         write(
@@ -95,7 +98,7 @@ def check(
             f"{device}, {expected:.4f} on CPU:0: "
             f"{'DIFFERS' if differs else 'agrees'} ({tolerance:.0%})"
         )
-    speed, bare = _speeds(model, settings, dataset, device, timed_steps)
+    speed, bare = _speeds(workers, model, batches, device, timed_steps)
     operations = bare * operations_per_image(model) * settings.batch_size
     write(
         f"condition {condition}: {speed:.0f} steps/s, {bare:.0f} steps/s of "
@@ -123,34 +126,37 @@ def operations_per_image(model: keras.Model) -> int:
     return 3 * sum(forward) - sum(forward[:1])
 
 
-def _losses(settings, dataset, device):
+def _losses(workers, settings, batches, dataset, device):
     import tensorflow as tf
 
-    batches = data.Batches(dataset, settings.batch_size)
     images = batches.prepare(dataset.test_images[:TEST_IMAGES])
     labels = dataset.test_labels[:TEST_IMAGES]
     losses = {}
     with tf.device(device):
         model = run_model.build(settings)
         checkpoint.state(model)  # makes the optimizer's variables here
-        for step in range(COMPARED_STEPS + 1):
-            if step in TOLERANCES:
-                test = evaluation.evaluate(model, images, labels)
-                losses[step] = test["loss"]
-            if step < COMPARED_STEPS:
-                model.train_on_batch(*batches[step])
+        workers.start(model, lambda: run_model.build(settings))
+        step = 0
+        for until in TOLERANCES:
+            step = _advance(workers, batches, step, until)
+            losses[until] = workers.evaluate(images, labels)["loss"]
     return model, losses
 
 
-def _speeds(model, settings, dataset, device, steps):
+def _advance(workers, batches, step, until):
+    """Takes the steps up to `until`; returns that number."""
+    while step < until:
+        step += len(workers.take_steps(batches, step, until))
+    return until
+
+
+def _speeds(workers, model, batches, device, steps):
     """Returns steps per second: as trained, and of what is compiled alone."""
     import tensorflow as tf
 
-    batches = data.Batches(dataset, settings.batch_size)
     with tf.device(device):
         began = time.perf_counter()
-        for step in range(steps):
-            model.train_on_batch(*batches[step])
+        _advance(workers, batches, COMPARED_STEPS, COMPARED_STEPS + steps)
         trained = time.perf_counter() - began
         compiled = tf.function(model.train_step, jit_compile=model.jit_compile)
         batch = tuple(map(tf.constant, batches[0]))

@@ -56,7 +56,6 @@ if keras.backend.backend() == "torch":
 else:
     collect_ignore.append("keras_bn/test_torch_module.py")
 if keras.backend.backend() != "jax":
-    collect_ignore.append("experiments/test_device_loop.py")
     # Ray is in one environment alone.
     collect_ignore.append("experiments/test_ray_grid.py")
 

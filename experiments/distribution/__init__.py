@@ -30,6 +30,7 @@ from absl import flags
 
 from experiments import SIGNALS
 from experiments import ExperimentError
+from experiments import machine
 from experiments import run_settings
 from experiments import signal_received
 from experiments.distribution.workers import INTERRUPTED
@@ -171,18 +172,13 @@ def _workers(name, time_limit, cpu_devices):
 
 def one_device() -> Workers:
     """Returns what trains in this process alone, on one device."""
-    import keras
+    # On a CPU there is no trip to save, and XLA's convolutions take nine
+    # times as long within JAX's loop.
+    if "cpu" in machine.device().lower():
+        return Workers()
+    from experiments import device_loop
 
-    if keras.backend.backend() == "jax":
-        import jax
-
-        # On a CPU there is no trip to save, and XLA's convolutions take
-        # nine times as long within a loop.
-        if jax.default_backend() != "cpu":
-            from experiments.device_loop import DeviceLoop
-
-            return DeviceLoop()
-    return Workers()
+    return device_loop.of_backend()
 
 
 def _check_batch(settings, replicas):

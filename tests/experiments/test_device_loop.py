@@ -1,4 +1,4 @@
-"""JAX's loop of steps, beside Keras's `train_on_batch`."""
+"""The loop on a device, on the CPU, beside Keras's `train_on_batch`."""
 
 import dataclasses
 
@@ -8,7 +8,9 @@ import pytest
 
 from experiments import data
 from experiments import device_loop
+from experiments import distribution
 from experiments import evaluation
+from experiments import machine
 from experiments import run_folder
 from experiments import run_model
 from experiments import train
@@ -47,11 +49,19 @@ def _begin(workers):
     return model
 
 
+def test_it_trains_where_the_device_is_no_cpu(monkeypatch):
+    assert type(distribution.one_device()) is Workers
+    monkeypatch.setattr(machine, "device", lambda: "GPU:0, NVIDIA H100")
+    loop = distribution.one_device()
+    assert isinstance(loop, device_loop.DeviceLoop)
+    assert keras.backend.backend() in type(loop).__name__.lower()
+
+
 def test_steps_and_evaluation_are_those_of_keras(few):
     batches = data.Batches(few, 4, "standardized", shuffle=True, seed=0)
     images = batches.prepare(few.test_images)
     found = []
-    for workers in (Workers(), device_loop.DeviceLoop()):
+    for workers in (Workers(), device_loop.of_backend()):
         model, reports = _begin(workers), []
         # Two epochs: each has its own order.
         while len(reports) < 5:
@@ -59,12 +69,12 @@ def test_steps_and_evaluation_are_those_of_keras(few):
         workers.collect()
         tested = workers.evaluate(images, few.test_labels)
         statistics = [
-            np.array(x.value)
+            keras.ops.convert_to_numpy(x)
             for x in model.non_trainable_variables
             if "moving" in x.name
         ]
         states = [
-            np.array(x.seed_generator.state.value)
+            keras.ops.convert_to_numpy(x.seed_generator.state)
             for x in model.layers
             if hasattr(x, "seed_generator")
         ]
@@ -84,7 +94,7 @@ def test_what_layers_add_to_the_loss_is_trained_on(few):
     batches = data.Batches(few, 4, "standardized", shuffle=False, seed=0)
     images = batches.prepare(few.test_images)
     found = []
-    for workers in (Workers(), device_loop.DeviceLoop()):
+    for workers in (Workers(), device_loop.of_backend()):
         keras.utils.set_random_seed(0)
         model = keras.Sequential(
             [
@@ -116,7 +126,7 @@ def test_what_layers_add_to_the_loss_is_trained_on(few):
 def test_a_killed_run_is_the_undisturbed_run(few, tmp_path, monkeypatch):
     """However many steps a call has, before and after."""
     monkeypatch.setattr(run_folder, "_CHECKPOINT_SPACING", 0)
-    runs = {}
+    runs, loop = {}, device_loop.of_backend
     for name, seconds in (("one", 0.0), ("parts", 1e9)):
         monkeypatch.setattr(device_loop, "_CALL_SECONDS", seconds)
         calls = []
@@ -128,14 +138,10 @@ def test_a_killed_run_is_the_undisturbed_run(few, tmp_path, monkeypatch):
 
         if name == "parts":
             with pytest.raises(KeyboardInterrupt, match="goes on from step 3"):
-                train.run(_SETTINGS, few, tmp_path / name, kill, _loop())
+                train.run(_SETTINGS, few, tmp_path / name, kill, loop())
             # The first call is alone, for it compiles.
             assert calls == [0, 1, 2, 2]
-        train.run(_SETTINGS, few, tmp_path / name, workers=_loop())
+        train.run(_SETTINGS, few, tmp_path / name, workers=loop())
         folder = _SETTINGS.folder(tmp_path / name)
         runs[name] = (folder / "metrics.jsonl").read_bytes()
     assert runs["one"] == runs["parts"]
-
-
-def _loop():
-    return device_loop.DeviceLoop()

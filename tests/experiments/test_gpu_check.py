@@ -81,6 +81,7 @@ if _BACKEND == "tensorflow":
         )
         monkeypatch.setattr(gpu_check, "_speeds", lambda *given: (10, 20))
         lines = []
-        assert not gpu_check.check(0, None, write=lines.append)
+        digits = data.load("digits")
+        assert not gpu_check.check(0, digits, write=lines.append)
         assert lines[1].startswith("condition 0, step 10: test loss 1.2000")
         assert lines[1].endswith("DIFFERS (10%)")
