@@ -145,6 +145,17 @@ def rank_order(
     return RankOrder(tau, float(low), float(high), len(means))
 
 
+def published_tau(step: int) -> float:
+    """Kendall's tau of the article's own order at a step and at its end.
+
+    Args:
+        step: one of `article.PUBLISHED_STEPS`.
+    """
+    last = article.PUBLISHED_STEPS[-1]
+    every = article.PUBLISHED.values()
+    return _tau(*([x.at_step[at] for x in every] for at in (step, last)))
+
+
 def taus_between_seeds(
     accuracies: Sequence[Mapping[int, float]],
 ) -> list[float]:

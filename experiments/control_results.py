@@ -60,6 +60,15 @@ class Results:
             return None
         return _difference(claim, self.recalibrated)
 
+    def told(self) -> set[tuple[int, int]]:
+        """(condition, seed) of each run that a difference is of."""
+        return {
+            (number, seed)
+            for claim in self.control.claims
+            for _, number in (*claim.ours, *claim.others)
+            for seed in _seeds(claim, self.accuracies)
+        }
+
     def verdicts(self) -> list[str]:
         """What is said of each claim."""
         return [
@@ -72,11 +81,15 @@ class Results:
         ]
 
 
+def _seeds(claim, accuracies):
+    """The seeds of which there is all of a claim, in order."""
+    terms = (*claim.ours, *claim.others)
+    of_terms = [set(accuracies.get(term, ())) for term in terms]
+    return sorted(set.intersection(*of_terms))
+
+
 def _difference(claim, accuracies):
-    terms = [*claim.ours, *claim.others]
-    if not all(term in accuracies for term in terms):
-        return None
-    seeds = sorted(set.intersection(*(set(accuracies[t]) for t in terms)))
+    seeds = _seeds(claim, accuracies)
     if not seeds:
         return None
     sums = [

@@ -1,10 +1,25 @@
-"""What a program runs on: processor, usable cores, device."""
+"""What a program is and runs on: revision, processor, cores, device."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
+
+
+def revision() -> str:
+    """Returns git's name of this code, with "-dirty" if it was changed."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def processor() -> str:

@@ -20,7 +20,7 @@ def chapters(
         control = results.control
         groups = [
             (
-                f"{number}, {arm.words}",
+                f"{number}, {_words(control, arm, number)}",
                 results.accuracies[arm.name, number],
             )
             for number in control.conditions
@@ -47,6 +47,13 @@ def chapters(
     return "\n".join(parts), files
 
 
+def _words(control, arm, number):
+    # One bar may be for all arms.
+    if not any(x.differs_in(number) for x in control.own_arms):
+        return "no batch normalization"
+    return arm.words
+
+
 def _caption(runs) -> str:
     facts = runs[0].facts
     counts = [len(run.accuracies) for run in runs]
@@ -61,7 +68,7 @@ def _caption(runs) -> str:
     if seconds:
         said += (
             f" Training took {min(seconds):,.0f} to {max(seconds):,.0f} "
-            f"seconds a run ({facts.get('backend', 'backend not recorded')}, "
-            f"{facts.get('device', 'device not recorded')})."
+            f"seconds a run ({facts.get('backend', 'backend not recorded')}; "
+            f"{'; '.join(dict.fromkeys(x.hardware for x in runs))})."
         )
     return said

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from experiments import control_results
 from experiments import controls
+from experiments import machine
 from experiments import same_settings
 from experiments.report_html import commands
 from experiments.report_html import escape
@@ -100,8 +101,10 @@ def regenerate(contents: Contents) -> str:
     return (
         paragraphs(
             [
-                "From a clone of the repository at the revision above, with "
-                "RESULTS the folder of this report: each run, then the page.",
+                "With RESULTS the folder of this report: each run, whose "
+                "condition and seed are above, from a clone of the repository "
+                "at the run's revision; then the page, from one at "
+                f"{machine.revision()}.",
                 *explained,
             ]
         )
@@ -119,23 +122,17 @@ def regenerate_control(results: control_results.Results) -> str:
     usual |= {"steps": controls.STEPS, "eval_every": controls.EVAL_EVERY}
     command = ["python", "-m", "experiments.reproduce"]
     command += [f"--preset={control.name}"]
-    # Other controls may have more runs of the article's settings.
-    own = [
-        run
+    # Those of the article's settings that nothing is said of are left out:
+    # other controls may need them.
+    told = {
+        (run.condition.number, run.seed)
         for arm in control.own_arms
         for run in results.runs.get(arm.name, ())
-    ]
-    numbers = {run.condition.number for run in own}
-    # What is the same in all arms is trained with those settings alone.
-    numbers |= {
-        run.condition.number
-        for run in runs
-        if not any(x.differs_in(run.condition.number) for x in control.own_arms)
-    }
-    conditions = tuple(sorted(numbers))
+    } | results.told()
+    conditions = tuple(sorted({number for number, _ in told}))
     if conditions != control.conditions:
         command += [f"--conditions={','.join(map(str, conditions))}"]
-    command += [f"--seeds={1 + max(run.seed for run in own)}"]
+    command += [f"--seeds={1 + max(seed for _, seed in told)}"]
     command += [f"--dataset={facts['dataset']}", "--output=RESULTS"]
     for name in _FLAGS:
         own = facts.get(name, usual[name])
@@ -143,9 +140,14 @@ def regenerate_control(results: control_results.Results) -> str:
             command.append(f"--{name}={own}")
     if facts.get("shuffle") and "shuffle" not in control.changed:
         command.append("--shuffle")
-    return commands(
-        _backend(facts) + shlex.join(command),
-        f"Command of the control experiment {control.name}",
+    return "\n".join(
+        [
+            paragraphs(["Once more, with RESULTS the folder of this report:"]),
+            commands(
+                _backend(facts) + shlex.join(command),
+                f"Command of the control experiment {control.name}",
+            ),
+        ]
     )
 
 

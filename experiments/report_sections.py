@@ -297,6 +297,7 @@ def _runs(contents) -> str:
                 "–" if seconds is None else f"{seconds:,.0f}",
                 "–" if run.eval_seconds is None else f"{run.eval_seconds:,.0f}",
                 "–" if speed is None else f"{speed:,.0f}",
+                run.hardware,
             ]
         )
     return table(
@@ -312,6 +313,7 @@ def _runs(contents) -> str:
             "training, seconds",
             "evaluation, seconds",
             "images per second",
+            "hardware",
         ),
         rows,
     )

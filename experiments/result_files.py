@@ -118,6 +118,15 @@ class Run:
     def finished(self) -> bool:
         return self.last_step >= self.facts["steps"]
 
+    @property
+    def hardware(self) -> str:
+        """The device, the processor and how many of its cores; one line."""
+        device = self.facts.get("device") or "device not recorded"
+        processor = self.facts.get("processor") or "processor not recorded"
+        cores = self.facts.get("cores") or "unknown number of"
+        plural = "" if cores == 1 else "s"
+        return f"{device}, {processor}, {cores} core{plural}"
+
 
 def read_runs(results_dir: Path | str) -> list[Run]:
     """Reads every run below a folder of results.

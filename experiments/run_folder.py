@@ -215,10 +215,7 @@ class RunFolder:
                     f"{path} has no line of step {step}, where the run is to "
                     "go on: delete its folder to begin the run anew"
                 )
-        # What a killed process was writing.
-        for pattern in ("incomplete.*", ".*.json*.*"):
-            for leftover in self.path.glob(pattern):
-                leftover.unlink()
+        self.remove_leftovers()
         self._write_facts()
         for path, lines in kept.items():
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -226,6 +223,12 @@ class RunFolder:
         self._board = _tensorboard(self.path / "tensorboard", self.metrics())
         self._saved = position.step
         return position
+
+    def remove_leftovers(self) -> None:
+        """Deletes what a killed process was writing; this one has the lock."""
+        for pattern in ("incomplete.*", ".*.json*.*"):
+            for leftover in self.path.glob(pattern):
+                leftover.unlink()
 
     def metrics(self) -> list[dict]:
         """Returns the lines of metrics.jsonl.

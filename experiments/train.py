@@ -16,7 +16,6 @@ import dataclasses
 import importlib
 import os
 import platform
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,20 +100,30 @@ def run(
     else:
         if folder:
             check_output(settings, output)
-        try:
-            with folder.locked() if folder else contextlib.nullcontext():
-                _train(settings, dataset, folder, on_steps, workers)
-        except OSError as error:
-            # HDF5's own words are several lines.
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise ExperimentError(
-                f"cannot write to {settings.folder(output)} ({reason}): make "
-                "room, or give another output"
-            ) from error
+        with (
+            _one_line(settings.folder(output)),
+            folder.locked() if folder else contextlib.nullcontext(),
+        ):
+            _train(settings, dataset, folder, on_steps, workers)
     if folder and workers.processes == 1:
         # The others would wait for it.
-        settings.conclude(dataset, folder)
+        with _one_line(folder.path):
+            settings.conclude(dataset, folder)
     return folder.metrics() if folder else []
+
+
+@contextlib.contextmanager
+def _one_line(folder):
+    """Says in a line that a folder cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        # HDF5's own words are several lines.
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ExperimentError(
+            f"cannot write to {folder} ({reason}): make room, or give another "
+            "output"
+        ) from error
 
 
 def _train(settings, dataset, folder, on_steps, workers):
@@ -167,22 +176,8 @@ def describe(
             "numpy": np.__version__,
             backend: importlib.import_module(backend).__version__,
         },
-        "revision": _revision(),
+        "revision": machine.revision(),
     }
-
-
-def _revision():
-    """Returns git's name of this code, with "-dirty" if it was changed."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def main(argv):

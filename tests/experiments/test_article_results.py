@@ -136,6 +136,31 @@ def test_how_far_the_conditions_are_off_is_told():
     assert f"of condition 7 lie between {low:.3f} and {high:.3f}" in told
 
 
+def _falls(accuracies):
+    """Whether one evaluation is far below the one before it."""
+    return np.diff(accuracies).min() < -0.15
+
+
+def test_which_seeds_fall_is_told():
+    """The moving averages of conditions 7 and 8 jump, not in all seeds."""
+    told = " ".join(_README.split())
+    (stays,) = (x for x in _within(7, 5_000) if not _falls(x))
+    others = [x for x in _within(7, 5_000) if x != stays]
+    assert [min(x) < 0.25 for x in others] == [True, True]
+    assert (
+        "two seeds fall below 0.25, the third does not fall and has "
+        f"{np.mean(stays):.3f}"
+    ) in told
+    assert [_falls(x) for x in _within(8, 5_000)] == [True] * 3
+    assert "In condition 8 all three seeds fall" in told
+    recalibrated = {row[0]: row[-1] for row in _ROWS}
+    at_end = [f"{article.PUBLISHED[n].at_step[5_000]:.3f}" for n in (7, 8)]
+    assert (
+        f"end the two have {recalibrated['7']} and {recalibrated['8']}, above "
+        f"the article's {at_end[0]} and {at_end[1]}."
+    ) in told
+
+
 def test_the_report_has_the_same_numbers():
     """`comparison` against the arithmetic of this file."""
     summaries = report_summaries.summarize(result_files.read_runs(_RESULTS))

@@ -119,6 +119,11 @@ def test_rank_order_counts_pairs():
     assert comparison.rank_order([[0.1], [0.2]], [1, 2]).low is None
 
 
+def test_the_articles_own_order_at_5000_steps_and_at_the_end():
+    assert f"{comparison.published_tau(5_000):.2f}" == "0.79"
+    assert comparison.published_tau(156_000) == pytest.approx(1)
+
+
 def test_taus_between_seeds():
     ours = [[0.1, 0.3, 0.1], [0.2, 0.2, 0.2], [0.3, 0.1, 0.4]]
     ours = [dict(enumerate(values)) for values in ours]

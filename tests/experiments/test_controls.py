@@ -147,7 +147,8 @@ def test_controls_share_the_runs_of_the_articles_settings(tmp_path):
     assert "of one seed" in said[-1]
     assert "-20.0 points" in said[-1]
     page = report.write_report(tmp_path).read_text()
-    assert "--preset=learning_rate --conditions=9 --seeds=1 " in page
+    # The verdict on the article's own rate is of five seeds of both.
+    assert "--preset=learning_rate --seeds=5 " in page
     assert "21 runs of control experiments." in page
 
 
@@ -166,6 +167,35 @@ def test_what_other_controls_change_is_not_looked_at(tmp_path):
 def test_the_articles_settings_alone_answer_nothing(tmp_path):
     _write(tmp_path, "raw_fixed", 0, 0, 0.5)
     assert control_results.read(tmp_path) == []
+
+
+def test_the_command_makes_all_that_is_told(tmp_path):
+    """Condition 11 has runs of the article's settings alone."""
+    _gaps(tmp_path, 0.1, 0.0)
+    page = report.write_report(tmp_path).read_text()
+    assert "--preset=input_and_order --conditions=0,9 --seeds=5 " in page
+    _write(tmp_path, "raw_fixed", 11, 0, 0.6)
+    page = report.write_report(tmp_path).read_text()
+    assert "--preset=input_and_order --seeds=5 " in page
+    assert "with RESULTS the folder of this report" in page
+
+
+def test_what_no_arm_changes_is_not_named_after_one(tmp_path):
+    control = controls.CONTROLS["placement"]
+    for arm in control.arms:
+        for number in (0, 9) if arm.name == "after" else (9,):
+            run_files.write_run(
+                controls.folder(tmp_path, control, arm),
+                number,
+                0,
+                [0.5] * 20,
+                every=156,
+                **{"eval_every": 156, "steps": 3120, **arm.changes},
+            )
+    page = report.write_report(tmp_path).read_text()
+    assert "0, no batch normalization: 0.500" in page
+    assert "0, after the activation" not in page
+    assert "9, after the activation (article): 0.500" in page
 
 
 def test_one_seed_gives_no_verdict(tmp_path):
@@ -201,12 +231,14 @@ def test_runs_are_what_their_arm_says(tmp_path):
 
 def test_a_chapter_says_what_it_was_measured_on(tmp_path):
     digits = {"dataset": "digits", "dataset_version": "1.7", "backend": "jax"}
+    digits |= {"processor": "Intel(R) Xeon(R)", "cores": 1}
     _gaps(tmp_path, 0.1, 0.0, **digits)
     run_files.write_run(tmp_path, 0, 0, [0.4, 0.5])
     page = report.write_report(tmp_path).read_text()
     assert "20 runs on digits 1.7 (a test&#x27;s copy)." in page
     assert "the mean of the last 5 evaluations of 3,120 steps" in page
-    assert "Training took 50 to 50 seconds a run (jax, CPU:0)." in page
+    assert "Training took 50 to 50 seconds a run (jax; " in page
+    assert "(jax; CPU:0, Intel(R) Xeon(R), 1 core)." in page
     assert (
         "KERAS_BACKEND=jax python -m experiments.reproduce "
         "--preset=input_and_order --conditions=0,9 --seeds=5 "

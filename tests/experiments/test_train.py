@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,42 @@ def test_what_recalibration_makes_of_it(undisturbed, few):
 def test_nothing_is_recalibrated_where_nothing_is_normalized(few, tmp_path):
     train.run(_settings(condition=0, steps=1), few, tmp_path)
     assert "recalibrated.json" not in os.listdir(tmp_path / "0/0")
+
+
+def test_a_run_that_diverged_does_not_end_the_grid(few, tmp_path, capsys):
+    settings = _settings(condition=9, learning_rate=1e8)
+    lines = train.run(settings, few, tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    said = capsys.readouterr().err
+    assert "9/0: not recalibrated: " in said
+    assert "not finite" in said
+    assert "recalibrated.json" not in os.listdir(tmp_path / "9/0")
+    assert "final.weights.h5" in os.listdir(tmp_path / "9/0")
+
+
+def test_a_killed_recalibration_leaves_nothing(undisturbed, few, tmp_path):
+    """The file that it was writing goes, and is written again."""
+    folder = tmp_path / "11/0"
+    shutil.copytree(undisturbed, folder)
+    answer = (folder / "recalibrated.json").rename(
+        folder / ".recalibrated.json.abc"
+    )
+    expected = answer.read_text()
+    answer.write_text("{")
+    train.run(_settings(), few, tmp_path)
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(undisturbed))
+    assert (folder / "recalibrated.json").read_text() == expected
+
+
+def test_two_processes_do_not_both_recalibrate(undisturbed, few, tmp_path):
+    folder = tmp_path / "11/0"
+    shutil.copytree(undisturbed, folder)
+    (folder / "recalibrated.json").unlink()
+    with train.open_folder(_settings(), few, tmp_path).locked():
+        train.run(_settings(), few, tmp_path)
+        assert not (folder / "recalibrated.json").exists()
+    train.run(_settings(), few, tmp_path)
+    assert (folder / "recalibrated.json").exists()
 
 
 def test_a_resumed_run_is_the_undisturbed_run(undisturbed, few, tmp_path):
