@@ -73,6 +73,26 @@ def test_workers_train_what_one_process_does(few, tmp_path):
     assert not _files(ray, "*checkpoint.npz")
 
 
+@pytest.fixture
+def cluster():
+    """The address of a cluster of one machine, this one."""
+    from ray import cluster_utils
+
+    made = cluster_utils.Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1}
+    )
+    yield made.address
+    made.shutdown()
+
+
+def test_a_clusters_workers_train(few, tmp_path, cluster):
+    runs = reproduce.grid((9,), 1, **_OPTIONS)
+    ray, one = tmp_path / "ray", tmp_path / "one"
+    (found,) = reproduce.run({ray: runs}, few, cluster).values()
+    assert reproduce.run({one: runs}, few) == {one: found}
+    assert _files(ray, "metrics.jsonl") == _files(one, "metrics.jsonl")
+
+
 def test_an_error_of_a_worker_is_one_line(few, tmp_path, monkeypatch):
     (tmp_path / "9").write_text("no folder can be made here")
     runs = reproduce.grid((9,), 1, **_OPTIONS)
