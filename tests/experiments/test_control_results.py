@@ -26,7 +26,10 @@ def _rows(name):
     ]
 
 
-_ROWS = [["`input_and_order`", *row] for row in _rows("input_and_order")]
+_ROWS = [
+    *(["`input_and_order`", *row] for row in _rows("input_and_order")),
+    *_rows("other controls"),
+]
 _ARMS = _rows("arms of input_and_order")
 
 
