@@ -21,16 +21,17 @@ class TensorFlowLoop(DeviceLoop):
         checkpoint.state(self._model)  # makes the optimizer's variables
 
     def _placed(self, images, labels):
-        return tf.constant(images), tf.constant(labels)
+        # TensorFlow keeps int32 in the host's memory.
+        return tf.constant(images), tf.constant(labels, tf.int64)
 
     def _take(self, images, labels, rows, count):
         return self._steps(
-            images, labels, tf.constant(rows), tf.constant(count)
+            images, labels, tf.constant(rows, tf.int64), tf.constant(count)
         ).numpy()
 
     def _test(self, images, labels, rows):
         return self._tested(
-            images, labels, tf.constant(rows), tf.constant(len(rows))
+            images, labels, tf.constant(rows, tf.int64), tf.constant(len(rows))
         ).numpy()
 
     def _compile_steps(self, prepare):
