@@ -158,6 +158,49 @@ def test_what_scaling_and_reshuffling_bring_is_what_the_files_say():
     assert f"it stays small, {both[2]} points" in told
 
 
+def _includes_zero(interval):
+    low, high = map(float, interval.split(" to "))
+    return low < 0 < high
+
+
+def test_what_placement_and_learning_rate_bring_is_what_the_files_say():
+    told = " ".join(_README.split())
+    cells = {words: row for _, words, *row in _ROWS}
+    of_images = cells[
+        "Batch normalization of the images alone (against none, condition 0)"
+    ]
+    of_all = cells[
+        "Batch normalization of all layers against that of the images alone"
+    ]
+    before = cells[
+        "Batch normalization before the activation instead of after it "
+        "(condition 9)"
+    ]
+    slower = cells["A learning rate of 0.0001 instead of 0.001, in condition 0"]
+    left = cells[
+        "Batch normalization at a learning rate of 0.001 against none at 0.0001"
+    ]
+    faster = cells["A learning rate of 0.01 instead of 0.001, in condition 9"]
+    for sentence in (
+        f"alone, and of no layer, gains {of_images[0][1:]} points",
+        f"and has {of_all[0][1:]} more than that of all layers",
+        f"activation it has {before[0][1:]} points less than after it",
+        f"without it gains {slower[0][1:]} points",
+        f"left of the gap then, {left[0][1:]} points",
+        f"recalibrated it is {left[2][1:]}.",
+    ):
+        assert sentence in told
+    # (Points, interval) twice, with moving and with recalibrated statistics.
+    assert [of_images[0][0], of_all[0][0], before[0][0]] == ["+", "-", "-"]
+    for told_apart in (of_images[1], of_all[1], before[1], slower[1], left[3]):
+        assert not _includes_zero(told_apart)
+    for not_shown in (of_all[3], before[3], left[1], faster[1]):
+        assert _includes_zero(not_shown)
+    control = controls.CONTROLS["learning_rate"]
+    guesses = _runs(control, "rate_0.01", 0).values()
+    assert {f"{_accuracy(run):.3f}" for run in guesses} == {"0.100"}
+
+
 def test_the_report_has_the_same_numbers():
     """`control_results` against the arithmetic of this file."""
     said = {
