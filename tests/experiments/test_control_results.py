@@ -163,7 +163,7 @@ def _includes_zero(interval):
     return low < 0 < high
 
 
-def test_what_placement_and_learning_rate_bring_is_what_the_files_say():
+def test_what_the_other_controls_come_to_is_what_the_files_say():
     told = " ".join(_README.split())
     cells = {words: row for _, words, *row in _ROWS}
     of_images = cells[
@@ -194,7 +194,18 @@ def test_what_placement_and_learning_rate_bring_is_what_the_files_say():
     assert [of_images[0][0], of_all[0][0], before[0][0]] == ["+", "-", "-"]
     for told_apart in (of_images[1], of_all[1], before[1], slower[1], left[3]):
         assert not _includes_zero(told_apart)
-    for not_shown in (of_all[3], before[3], left[1], faster[1]):
+    layers = [
+        cells[f"Our layer instead of Keras's (condition {number})"]
+        for number in (9, 11)
+    ]
+    assert "in the place of ours makes no difference that is shown." in told
+    for not_shown in (
+        of_all[3],
+        before[3],
+        left[1],
+        faster[1],
+        *(row[column] for row in layers for column in (1, 3)),
+    ):
         assert _includes_zero(not_shown)
     control = controls.CONTROLS["learning_rate"]
     guesses = _runs(control, "rate_0.01", 0).values()
