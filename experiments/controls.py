@@ -246,10 +246,10 @@ CONTROLS = {
             "Is it our layer?",
             (9, 11),
             (
-                Arm("keras_bn", "keras_bn.BatchNormalization", {}),
+                Arm("keras_bn", "our layer", {}),
                 Arm(
                     "keras",
-                    "keras.layers.BatchNormalization",
+                    "Keras's layer",
                     {"layer": "keras"},
                 ),
             ),
