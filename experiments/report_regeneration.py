@@ -104,7 +104,7 @@ def regenerate(contents: Contents) -> str:
                 "With RESULTS the folder of this report: each run, whose "
                 "condition and seed are above, from a clone of the repository "
                 "at the run's revision; then the page, from one at "
-                f"{machine.revision()}.",
+                f"revision {machine.revision()}.",
                 *explained,
             ]
         )
