@@ -88,7 +88,7 @@ class BatchNormalization(SwitchedLayer):
             do not bound. Each is a number or a
             `keras.optimizers.schedules.LearningRateSchedule` of the number of
             training batches taken in so far, which the layer then counts in
-            the int32 weight `renorm_step`; see `keras_bn.renorm_schedule`.
+            the integer weight `renorm_step`; see `keras_bn.renorm_schedule`.
         renorm_momentum: Float in `[0, 1]`, the momentum of the statistics
             that the correction uses.
         synchronized: Whether the moments are those of the batch over all
@@ -253,7 +253,7 @@ class BatchNormalization(SwitchedLayer):
         if moving_average(self.momentum, self.debias).counts_batches:
             # Of each channel: a mask may leave one out.
             self.num_batches_tracked = self._add_statistic(
-                "num_batches_tracked", shape, "zeros", "int32"
+                "num_batches_tracked", shape, "zeros", "int"
             )
         if self.renorm:
             stddev_initializer = initializer_of_stddev(variance_initializer)
@@ -268,7 +268,7 @@ class BatchNormalization(SwitchedLayer):
             )
             if is_scheduled(self.renorm_clipping):
                 self.renorm_step = self._add_statistic(
-                    "renorm_step", (), "zeros", "int32"
+                    "renorm_step", (), "zeros", "int"
                 )
         self.input_spec = keras.layers.InputSpec(
             ndim=len(input_shape), axes=sizes
@@ -276,6 +276,8 @@ class BatchNormalization(SwitchedLayer):
 
     def _add_statistic(self, name, shape, initializer, dtype=None):
         # float16 statistics overflow, so the dtype policy has a lower bound.
+        # "int" is int64 on TensorFlow, which keeps int32 variables in the
+        # host's memory, where XLA's code for a GPU does not find them.
         return self.add_weight(
             shape=shape,
             name=name,

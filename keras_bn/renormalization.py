@@ -120,10 +120,10 @@ def updates_of_reference(layer, mean, variance):
 
 
 def count_step(variable, count):
-    """Counts a batch in an int32 variable, unless no position counted."""
+    """Counts a batch in an integer variable, unless no position counted."""
     counted = ops.any(ops.convert_to_tensor(count) > 0)
     step = ops.convert_to_tensor(variable)
-    variable.assign(step + ops.cast(counted, "int32"))
+    variable.assign(step + ops.cast(counted, step.dtype))
 
 
 def renormalized(gamma, beta, mean, stddev, reference, epsilon, clipping):

@@ -460,3 +460,34 @@ def test_an_axis_name_in_a_file_of_jax():
     if not frameworks.IS_JAX:
         with pytest.raises(ValueError, match="Leave it out"):
             OURS(axis_name="devices")
+
+
+if frameworks.IS_TENSORFLOW:
+    import tensorflow as tf
+    from tensorflow.python.framework import kernels
+
+    def test_a_gpu_can_hold_every_weight():
+        """Of another dtype it would be the host's, and XLA would not find it.
+
+        https://www.tensorflow.org/xla/known_issues
+        """
+        dtypes = {
+            tf.as_dtype(number).name
+            for kernel in kernels.get_registered_kernels_for_op(
+                "VarHandleOp"
+            ).kernel
+            if kernel.device_type == "DEFAULT"
+            for constraint in kernel.constraint
+            for number in constraint.allowed_values.list.type
+        }
+        for momentum in (None, 0.9):
+            layer = OURS(
+                momentum=momentum,
+                debias=momentum is not None,
+                renorm=True,
+                renorm_clipping=keras_bn.renorm_schedule(),
+            )
+            layer.build((8, 3))
+            weights = {x.name: x.dtype for x in layer.weights}
+            assert {"num_batches_tracked", "renorm_step"} < set(weights)
+            assert set(weights.values()) <= dtypes

@@ -126,7 +126,7 @@ def test_the_counter_does_not_drift():
         statistics = _train(layer, batch)
     counted = statistics["num_batches_tracked"]
     assert counted.tolist() == [2**24 + 3] * 3
-    assert keras.backend.standardize_dtype(counted.dtype) == "int32"
+    assert np.issubdtype(counted.dtype, np.integer)
 
 
 @pytest.mark.parametrize(
