@@ -19,6 +19,10 @@ from absl import logging
 
 # TensorFlow's native start-up lines would bury a program's own one line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Processes that share the runs of a grid share a GPU too: none takes all of
+# its memory at once, as TensorFlow and JAX do unless they are told.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
@@ -41,9 +45,9 @@ def launch(
     """Runs ``main(argv)`` as a program, and ends the process.
 
     An `ExperimentError` is printed as one line and gives exit code 1, and so
-    is a flag that cannot be used. SIGINT (Ctrl-C), SIGTERM and SIGHUP raise
-    KeyboardInterrupt, which is printed as one line and gives exit code 130,
-    143 and 129.
+    is a flag that cannot be used, and a lack of memory. SIGINT (Ctrl-C),
+    SIGTERM and SIGHUP raise KeyboardInterrupt, which is printed as one line
+    and gives exit code 130, 143 and 129.
 
     Args:
         main: is given the program's name and what absl's flags left over;
@@ -70,6 +74,15 @@ def launch(
             how_to_go_on = str(interruption) or "give the same command again"
             print(f"interrupted: {how_to_go_on}", file=sys.stderr)
             return 128 + signal_received()
+        except Exception as error:
+            if not _lacks_memory(error):
+                raise
+            print(
+                f"error: no memory is left ({type(error).__name__}): end what "
+                "else uses the device, or make batches smaller",
+                file=sys.stderr,
+            )
+            return 1
 
     sys.unraisablehook = _report_unraisable
     for number in SIGNALS:
@@ -133,6 +146,13 @@ def require_backend() -> None:
         f"Keras has no backend to train on ({reason}): set KERAS_BACKEND to "
         f"one of {', '.join(BACKENDS)} that is installed"
     )
+
+
+def _lacks_memory(error):
+    # TensorFlow, JAX and PyTorch have a class or a status for it.
+    said = f"{type(error).__name__} {error}".lower().replace("_", "")
+    signs = ("resourceexhausted", "out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(x in said for x in signs)
 
 
 def _interrupt(number, frame):

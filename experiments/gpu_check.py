@@ -33,6 +33,7 @@ TEST_IMAGES = 1_000
 # with 10 bits after the point on recent GPUs (TF32), and Adam's first steps
 # make as much of a small gradient as of a large one.
 TOLERANCES = {0: 0.01, COMPARED_STEPS: 0.1}
+_CPU = "CPU:0"
 
 
 def gpus() -> list[str]:
@@ -84,19 +85,20 @@ def check(
     # It needs Keras, whose backend has been looked at by now.
     from experiments import device_loop
 
-    settings, agree = Settings(condition), True
-    batches = data.Batches(dataset, settings.batch_size)
-    _, of_cpu = _losses(Workers(), settings, batches, dataset, "CPU:0")
+    # On raw pixels the loss after some steps hangs on rounding.
+    settings, agree = Settings(condition, input="standardized"), True
+    batches = data.Batches(dataset, settings.batch_size, settings.input)
+    _, of_cpu = _losses(Workers(), settings, batches, dataset, _CPU)
     workers = device_loop.of_backend()
     model, of_device = _losses(workers, settings, batches, dataset, device)
     for step, tolerance in TOLERANCES.items():
         expected, found = of_cpu[step], of_device[step]
-        differs = abs(found - expected) > tolerance * expected
-        agree = agree and not differs
+        agrees = abs(found - expected) <= tolerance * expected
+        agree = agree and agrees
         write(
             f"condition {condition}, step {step}: test loss {found:.4f} on "
-            f"{device}, {expected:.4f} on CPU:0: "
-            f"{'DIFFERS' if differs else 'agrees'} ({tolerance:.0%})"
+            f"{device}, {expected:.4f} on {_CPU}: "
+            f"{'agrees' if agrees else 'DIFFERS'} ({tolerance:.0%})"
         )
     speed, bare = _speeds(workers, model, batches, device, timed_steps)
     operations = bare * operations_per_image(model) * settings.batch_size
@@ -134,6 +136,10 @@ def _losses(workers, settings, batches, dataset, device):
     losses = {}
     with tf.device(device):
         model = run_model.build(settings)
+        if device == _CPU:
+            # Where there is a GPU Keras would compile for the CPU by XLA too,
+            # and an error of XLA's would be on both.
+            model.jit_compile = False
         checkpoint.state(model)  # makes the optimizer's variables here
         workers.start(model, lambda: run_model.build(settings))
         step = 0

@@ -182,9 +182,9 @@ def describe(
 
 def main(argv):
     del argv
-    given = run_settings.given()
     if flags.FLAGS.preset == "gpu_check":
         return _check_gpu()
+    given = run_settings.given()
     if "condition" not in given:
         raise ExperimentError("give a condition, --condition=0 to 11")
     settings, output = Settings(**given), flags.FLAGS.output
@@ -208,6 +208,12 @@ def main(argv):
 
 
 def _check_gpu():
+    for name in (x.name for x in dataclasses.fields(Settings)):
+        if flags.FLAGS[name].present:
+            raise ExperimentError(
+                "--preset=gpu_check has settings of its own: leave out "
+                f"--{name}"
+            )
     require_backend()
     for name in gpu_check.gpus():
         print(f"GPU: {name}", flush=True)

@@ -1,17 +1,18 @@
-"""Steps without a trip to the host: many are taken in one call.
+"""Steps without data or reports going to and fro: many are one call.
 
-The images stay on the device as uint8. A call gathers the batches of its
-steps, takes the steps and returns what each reported. How many steps a call
-has changes no number. Evaluation is one call too.
+The images stay on the device. A call gathers the batches of its steps, takes
+the steps and returns what each reported. How many steps a call has changes no
+number. Evaluation is one call too.
 
 JAX and TensorFlow compile a call as one computation; PyTorch is given its
-steps one after another, and nothing waits for them before the last.
+steps one after another, and no report is waited for before the last.
 """
 
 from __future__ import annotations
 
 import abc
 import time
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -112,14 +113,14 @@ class DeviceLoop(Workers, abc.ABC):
         """Returns loss and accuracy of each batch in test, (batches, 2)."""
 
 
-def prepared(prepare: data.Inputs, images):
-    """What `prepare` does to images, for a tensor on the device."""
-    images = keras.ops.cast(images, "float32")
+def on_device(prepare: data.Inputs) -> Callable:
+    """Returns what does to a tensor of images what `prepare` does to arrays."""
     if prepare.shift is None:
-        return images
-    return (images - keras.ops.convert_to_tensor(prepare.shift)) * (
-        keras.ops.convert_to_tensor(prepare.factor)
-    )
+        return lambda images: keras.ops.cast(images, "float32")
+    # Once: PyTorch waits for its device when it hands a number over.
+    shift = keras.ops.convert_to_tensor(prepare.shift)
+    factor = keras.ops.convert_to_tensor(prepare.factor)
+    return lambda images: (keras.ops.cast(images, "float32") - shift) * factor
 
 
 def report(labels, logits, own_losses):
@@ -128,10 +129,12 @@ def report(labels, logits, own_losses):
     What the layers add to the loss, as `add_loss` and regularizers do, is in
     it.
     """
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    losses = keras.ops.sparse_categorical_crossentropy(
+        labels, logits, from_logits=True
+    )
     found = keras.ops.argmax(logits, axis=-1)
     right = keras.ops.equal(found, keras.ops.cast(labels, found.dtype))
-    total = sum(own_losses, loss(labels, logits))
+    total = sum(own_losses, keras.ops.sum(losses) / labels.shape[0])
     return total, keras.ops.mean(keras.ops.cast(right, "float32"))
 
 

@@ -1,4 +1,8 @@
-"""JAX's loop: the state of the model goes through it as arrays."""
+"""JAX's loop: the state of the model goes through it as arrays.
+
+How many steps a call has is a value, lest it be compiled anew for each: XLA
+then looks after each step whether another follows.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import numpy as np
 
 from experiments import checkpoint
 from experiments.device_loop import DeviceLoop
-from experiments.device_loop import prepared
+from experiments.device_loop import on_device
 from experiments.device_loop import report
 
 
@@ -41,6 +45,7 @@ class JaxLoop(DeviceLoop):
 
     def _compile_steps(self, prepare):
         model, optimizer = self._model, self._model.optimizer
+        prepared = on_device(prepare)
 
         def loss_and_rest(trainable, others, images, labels):
             logits, others, own_losses = model.stateless_call(
@@ -53,7 +58,7 @@ class JaxLoop(DeviceLoop):
             def step(number, carry):
                 (trainable, others, of_optimizer), reports = carry
                 batch = rows[number]
-                inputs = prepared(prepare, images[batch])
+                inputs = prepared(images[batch])
                 (loss, (others, accuracy)), gradients = jax.value_and_grad(
                     loss_and_rest, has_aux=True
                 )(trainable, others, inputs, labels[batch])

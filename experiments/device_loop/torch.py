@@ -1,7 +1,7 @@
-"""PyTorch's loop: steps are queued, and waited for at the end of a call.
+"""PyTorch's loop: steps are queued, and reports waited for after a call.
 
-Keras's dropout waits for the device in each step, for it reads the state of
-its generator.
+Keras's Adam waits for the device in each step nevertheless, for it hands
+numbers over, and so does its dropout, which reads the state of its generator.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from experiments import checkpoint
 from experiments.device_loop import DeviceLoop
-from experiments.device_loop import prepared
+from experiments.device_loop import on_device
 from experiments.device_loop import report
 
 
@@ -39,7 +39,7 @@ class TorchLoop(DeviceLoop):
             )
 
     def _compile_steps(self, prepare):
-        self._prepare = prepare
+        self._prepare = on_device(prepare)
 
     def _compile_test(self):
         pass
@@ -47,7 +47,7 @@ class TorchLoop(DeviceLoop):
     def _step(self, images, labels):
         model = self._model
         model.zero_grad()
-        logits = model(prepared(self._prepare, images), training=True)
+        logits = model(self._prepare(images), training=True)
         loss, accuracy = report(labels, logits, model.losses)
         loss.backward()
         variables = model.trainable_variables

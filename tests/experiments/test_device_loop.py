@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+from experiments import Stopped
 from experiments import data
 from experiments import device_loop
 from experiments import distribution
@@ -14,6 +15,7 @@ from experiments import machine
 from experiments import run_folder
 from experiments import run_model
 from experiments import train
+from experiments import training
 from experiments.distribution.workers import Workers
 from experiments.run_settings import Settings
 from experiments.studies import study_layers
@@ -22,6 +24,8 @@ from experiments.studies import study_layers
 _SETTINGS = Settings(
     11, steps=5, eval_every=3, batch_size=4, shuffle=True, input="standardized"
 )
+# A GPU gets XLA from TensorFlow as well.
+_XLA = [False, True] if keras.backend.backend() == "tensorflow" else [False]
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +47,16 @@ def _small(monkeypatch):
     monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 4)
 
 
-def _begin(workers):
+def _begin(workers, xla):
     model = run_model.build(_SETTINGS)
+    if xla:
+        model.jit_compile = True
     workers.start(model, lambda: None)
     return model
 
 
 def test_it_trains_where_the_device_is_no_cpu(monkeypatch):
+    monkeypatch.setattr(machine, "device", lambda: "CPU:0")
     assert type(distribution.one_device()) is Workers
     monkeypatch.setattr(machine, "device", lambda: "GPU:0, NVIDIA H100")
     loop = distribution.one_device()
@@ -57,12 +64,13 @@ def test_it_trains_where_the_device_is_no_cpu(monkeypatch):
     assert keras.backend.backend() in type(loop).__name__.lower()
 
 
-def test_steps_and_evaluation_are_those_of_keras(few):
+@pytest.mark.parametrize("xla", _XLA)
+def test_steps_and_evaluation_are_those_of_keras(few, xla):
     batches = data.Batches(few, 4, "standardized", shuffle=True, seed=0)
     images = batches.prepare(few.test_images)
     found = []
     for workers in (Workers(), device_loop.of_backend()):
-        model, reports = _begin(workers), []
+        model, reports = _begin(workers, xla), []
         # Two epochs: each has its own order.
         while len(reports) < 5:
             reports += workers.take_steps(batches, len(reports), 5)
@@ -145,3 +153,28 @@ def test_a_killed_run_is_the_undisturbed_run(few, tmp_path, monkeypatch):
         folder = _SETTINGS.folder(tmp_path / name)
         runs[name] = (folder / "metrics.jsonl").read_bytes()
     assert runs["one"] == runs["parts"]
+
+
+def test_a_run_that_is_told_to_stop_keeps_the_step_in_hand(
+    few, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(device_loop, "_CALL_SECONDS", 0.0)
+    loop, taken = device_loop.of_backend, []
+    train.run(_SETTINGS, few, tmp_path / "undisturbed", workers=loop())
+
+    def stop():
+        if sum(taken) == 4:
+            raise Stopped
+
+    with monkeypatch.context() as told:
+        told.setattr(training, "raise_if_interrupted", stop)
+        with pytest.raises(KeyboardInterrupt, match="goes on from step 4"):
+            train.run(
+                _SETTINGS, few, tmp_path / "stopped", taken.append, loop()
+            )
+    train.run(_SETTINGS, few, tmp_path / "stopped", workers=loop())
+    undisturbed, stopped = (
+        (_SETTINGS.folder(tmp_path / x) / "metrics.jsonl").read_bytes()
+        for x in ("undisturbed", "stopped")
+    )
+    assert stopped == undisturbed

@@ -49,6 +49,17 @@ def main(argv):
 experiments.launch(main)
 """
 
+# 256 TiB, more than a process can address.
+GREEDY = """
+import experiments
+
+def main(argv):
+    import keras
+    keras.ops.zeros((2**46,), "float32")
+
+experiments.launch(main)
+"""
+
 
 def run_program(program, *flags):
     return subprocess.run(
@@ -83,6 +94,15 @@ def test_what_is_no_flag_is_one_line(argument, message):
     done = run_program(PROGRAM, argument)
     assert done.returncode == 1
     assert done.stderr == f"error: {message}\n"
+
+
+def test_a_lack_of_memory_is_one_line():
+    """The backend's own error, of the CPU; a GPU's has the same words."""
+    done = run_program(GREEDY)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: no memory is left (")
+    assert "Traceback" not in done.stderr
 
 
 def test_an_interruption_that_was_swallowed_is_not_lost():

@@ -401,6 +401,7 @@ def failures(tmp_path_factory):
         "no such condition": ["--condition=12"],
         "unwritable": [*digits, f"--output={folder}/file/below"],
         "missing data": ["--condition=0", f"--data_dir={folder}/missing"],
+        "preset and flag": ["--preset=gpu_check", "--batch_size=512"],
     }
     # All at once: most of their time is spent in importing.
     output = f"--output={folder}/output"
@@ -420,6 +421,7 @@ def failures(tmp_path_factory):
         ("no such condition", "Received: condition=12"),
         ("unwritable", "cannot write"),
         ("missing data", "data folder does not exist"),
+        ("preset and flag", "leave out --batch_size"),
         ("numpy", "KERAS_BACKEND to one of tensorflow, jax, torch"),
         ("foo", "KERAS_BACKEND to one of tensorflow, jax, torch"),
     ],
