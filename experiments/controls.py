@@ -173,6 +173,11 @@ CONTROLS = {
                     (("raw_fixed", 0),),
                 ),
                 _dropout("raw_fixed", "on raw pixels in fixed order"),
+                _dropout("raw_reshuffled", "on raw pixels, reshuffled"),
+                _dropout(
+                    "standardized_fixed",
+                    "on standardized pixels in fixed order",
+                ),
                 _dropout(
                     "standardized_reshuffled",
                     "on standardized pixels, reshuffled",

@@ -152,6 +152,8 @@ def test_what_scaling_and_reshuffling_bring_is_what_the_files_say():
         [cell.lstrip("+") for cell in row] for row in (raw, both, alone, brings)
     )
     assert f"Reshuffling alone brings {brings_order} without batch" in told
+    ends = " and ".join(order[1].split(" to "))
+    assert f"what it takes away of the gap lies between {ends}." in told
     assert f"alone takes away {alone[0]} of its {raw[0]} points" in told
     assert f"normalization it brings {brings[0]}." in told
     assert f"and {both[0]} of the {raw[0]} are left, which" in told
@@ -161,6 +163,42 @@ def test_what_scaling_and_reshuffling_bring_is_what_the_files_say():
 def _includes_zero(interval):
     low, high = map(float, interval.split(" to "))
     return low < 0 < high
+
+
+def test_what_dropout_brings_is_what_the_files_say():
+    told = " ".join(_README.split())
+    dropout = "Dropout 0.4 beside batch normalization (condition 11 less "
+    dropout += "condition 9) on "
+    rows = [row for _, words, *row in _ROWS if words.startswith(dropout)]
+    raw, reshuffled, standardized, both = rows
+    assert (
+        f"gains {standardized[0][1:]} points on standardized pixels in fixed "
+        "order; on the other three inputs no difference is shown."
+    ) in told
+    shown = [not _includes_zero(row[1]) for row in rows]
+    assert shown == [False, False, True, False]
+
+
+def test_how_the_gap_goes_on_is_what_the_files_say():
+    """The article's settings beyond the steps of the controls."""
+    told = " ".join(_README.split())
+    first, last = article.PUBLISHED_SPANS[5_000]
+    means = {}
+    for condition in (0, 9):
+        values = []
+        for path in sorted(_RESULTS.glob(f"{condition}/*/metrics.jsonl")):
+            lines = list(map(json.loads, path.read_text().splitlines()))
+            values += [
+                x["test_accuracy"] for x in lines if first <= x["step"] <= last
+            ]
+            # The controls' run is its beginning.
+            shared = _evaluations(
+                _RESULTS / f"controls/article/{condition}/{path.parent.name}"
+            )
+            assert [x["test_accuracy"] for x in lines][: len(shared)] == shared
+        means[condition] = np.mean(values)
+    gap = 100 * (means[9] - means[0])
+    assert f"these very runs, it is {gap:.1f} points, and" in told
 
 
 def test_what_the_other_controls_come_to_is_what_the_files_say():
@@ -180,13 +218,19 @@ def test_what_the_other_controls_come_to_is_what_the_files_say():
     left = cells[
         "Batch normalization at a learning rate of 0.001 against none at 0.0001"
     ]
+    slow = cells[
+        "Batch normalization (condition 9 less condition 0) at a learning rate "
+        "of 0.0001"
+    ]
     faster = cells["A learning rate of 0.01 instead of 0.001, in condition 9"]
     for sentence in (
         f"alone, and of no layer, gains {of_images[0][1:]} points",
         f"and has {of_all[0][1:]} more than that of all layers",
         f"activation it has {before[0][1:]} points less than after it",
         f"without it gains {slower[0][1:]} points",
-        f"left of the gap then, {left[0][1:]} points",
+        f"left of the gap then is {slow[0][1:]} points "
+        f"({slow[1].replace('+', '')}) if",
+        f"if it stays at 0.001, {left[0][1:]} points, which",
         f"recalibrated it is {left[2][1:]}.",
     ):
         assert sentence in told
@@ -198,7 +242,9 @@ def test_what_the_other_controls_come_to_is_what_the_files_say():
         cells[f"Our layer instead of Keras's (condition {number})"]
         for number in (9, 11)
     ]
-    assert "in the place of ours makes no difference that is shown." in told
+    assert "in the place of ours makes no difference that is shown; " in told
+    lowest = layers[0][1].split(" to ")[0]
+    assert f"; {lowest[1:]} points less with ours, in condition 9," in told
     for not_shown in (
         of_all[3],
         before[3],
