@@ -11,6 +11,12 @@ import dataclasses
 
 from experiments import ExperimentError
 
+REFERENCE = (
+    "a note on Qiita on batch normalization and its effect, 2018-06-10 "
+    "(Deep LearningにおけるBatch Normalizationの理解メモと、実際に"
+    "その効果を見てみる)"
+)
+
 BATCH_SIZE = 128
 BATCHES_PER_EPOCH = 50_000 // BATCH_SIZE  # 390 full ones; the rest is dropped
 STEPS = 400 * BATCHES_PER_EPOCH  # 156,000
@@ -30,6 +36,14 @@ FIGURES = {
     "batch_norm_dropout_2": (4, 7, 10),
     "batch_norm_dropout_4": (5, 8, 11),
     "batch_norm_both": (9, 10, 11),  # in the author's repository alone
+}
+FIGURE_TITLES = {
+    "dropout_only": "dropout without batch normalization",
+    "best": "the best without and with batch normalization",
+    "batch_norm": "batch normalization without dropout",
+    "batch_norm_dropout_2": "batch normalization with dropout 0.2",
+    "batch_norm_dropout_4": "batch normalization with dropout 0.4",
+    "batch_norm_both": "batch normalization of all layers",
 }
 
 

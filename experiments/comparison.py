@@ -61,10 +61,14 @@ class AtStep:
         return self.mean - self.published
 
     @property
+    def allowed(self) -> float:
+        """How large a difference both spreads explain."""
+        return FLAG * math.hypot(self.deviation, self.published_deviation)
+
+    @property
     def flagged(self) -> bool:
-        """Whether the difference is larger than both spreads explain."""
-        spread = math.hypot(self.deviation, self.published_deviation)
-        return abs(self.difference) > FLAG * spread
+        """Whether the difference is larger than that."""
+        return abs(self.difference) > self.allowed
 
 
 def at_published_steps(summary: Summary) -> list[AtStep]:
@@ -145,6 +149,23 @@ def rank_order(
     return RankOrder(tau, float(low), float(high), len(means))
 
 
+def taus_of_seeds(
+    accuracies: Sequence[Mapping[int, float]], published: Sequence[float]
+) -> list[float]:
+    """Kendall's tau of each seed's order of the conditions with the article's.
+
+    Like by like: the article's is of one run of each, and a mean over seeds
+    is calmer than either.
+
+    Args:
+        accuracies: of each condition, seed -> value. What not all conditions
+            have is left out.
+        published: of each condition.
+    """
+    seeds = sorted(set.intersection(*map(set, accuracies)))
+    return [_tau([x[seed] for x in accuracies], published) for seed in seeds]
+
+
 def published_tau(step: int) -> float:
     """Kendall's tau of the article's own order at a step and at its end.
 
@@ -179,13 +200,13 @@ class Stability:
     Attributes:
         deviation: root mean square, over the second half of each run, of
             what an evaluation is off the mean of the `_AROUND` around it.
-        collapses: evaluations per seed that lie `COLLAPSE` or more below the
-            median of those around.
+        collapses: of each seed, the evaluations that lie `COLLAPSE` or more
+            below the median of those around.
         evaluations: how many of a seed were looked at.
     """
 
     deviation: float
-    collapses: float
+    collapses: tuple[int, ...]
     evaluations: int
 
 
@@ -209,7 +230,7 @@ def stability(accuracies: np.ndarray) -> Stability | None:
     fallen = centre <= np.median(windows, axis=-1) - COLLAPSE
     return Stability(
         deviation=float(np.sqrt(np.mean(off**2))),
-        collapses=float(fallen.sum(axis=1).mean()),
+        collapses=tuple(map(int, fallen.sum(axis=1))),
         evaluations=centre.shape[1],
     )
 

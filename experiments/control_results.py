@@ -213,7 +213,7 @@ def verdict(
     if not difference.excludes_zero:
         said += ": no difference is shown."
     else:
-        said += f": {'more' if difference.mean > 0 else 'less'}, clearly."
+        said += ": the interval excludes 0."
     if recalibrated is not None:
         said += (
             " At the last step, with recalibrated statistics: "

@@ -49,6 +49,7 @@ def _published(contents) -> str:
             f"{one.mean:.3f}",
             f"{one.deviation:.3f}",
             f"{one.difference:+.3f}",
+            f"{one.allowed:.3f}",
             "no, flagged" if one.flagged else "yes",
             one.seeds,
             f"{one.points}{'' if one.complete else ', not to the end'}",
@@ -57,7 +58,7 @@ def _published(contents) -> str:
     ]
     return section(
         "At the article's steps",
-        paragraphs(_share_within(found)),
+        paragraphs([*_share_within(found), *_common_difference(found)]),
         table(
             f"At the article's steps on {contents.data}. "
             "Condition and step. The article's value is the mean of 11 points "
@@ -65,9 +66,12 @@ def _published(contents) -> str:
             "mean of the evaluations within the steps that those points span, "
             "its deviation that over the seeds (of one seed, over its "
             "evaluations). Within: the difference is at most twice the root "
-            "of the sum of both squared deviations. The deviation of two or "
-            "three seeds is often too small by chance, and then flags what "
-            "more seeds would not.",
+            "of the sum of both squared deviations, which is allowed. The "
+            "deviation of two or three seeds is often too small by chance, and "
+            "then flags what more seeds would not; that of the article's "
+            "points has in it how much the run learned between the first and "
+            "the last of them, and then lets pass what repeated runs of the "
+            "article's would not.",
             (
                 "condition",
                 "article",
@@ -75,6 +79,7 @@ def _published(contents) -> str:
                 "ours",
                 "deviation",
                 "difference",
+                "allowed",
                 "within",
                 "seeds",
                 "evaluations",
@@ -101,6 +106,26 @@ def _share_within(found: list[AtStep]) -> list[str]:
                 f"{within} of {len(own)} values {words} lie within the "
                 f"spread. The largest difference is {largest.difference:+.3f},"
                 f" condition {largest.number} at {largest.step:,} steps."
+            )
+    return sentences
+
+
+def _common_difference(found: list[AtStep]) -> list[str]:
+    """What the conditions with batch normalization have in common."""
+    sentences = []
+    for step in sorted({one.step for one in found}):
+        off = [
+            one.difference
+            for one in found
+            if one.step == step
+            and article.condition(one.number).batch_norm != "none"
+        ]
+        if len(off) > 1:
+            below = sum(x < 0 for x in off)
+            sentences.append(
+                f"At {step:,} the {len(off)} conditions with batch "
+                f"normalization are {np.mean(off):+.3f} off the article's on "
+                f"average, {below} of them below it."
             )
     return sentences
 
@@ -160,7 +185,7 @@ def _rank_order(contents) -> str:
     rows = []
     for step in sorted(steps):
         first, last = article.PUBLISHED_SPANS[step]
-        ours, published, without, with_it = [], [], [], []
+        ours, published, normalized = [], [], []
         for number, summary in contents.summaries.items():
             within = (summary.steps >= first) & (summary.steps <= last)
             if not within.any() or summary.steps[-1] < step:
@@ -168,8 +193,7 @@ def _rank_order(contents) -> str:
             means = summary.accuracies[:, within].mean(axis=1)
             ours.append(dict(zip([r.seed for r in summary.runs], means)))
             published.append(article.PUBLISHED[number].at_step[step])
-            bare = summary.condition.batch_norm == "none"
-            (without if bare else with_it).append(means.mean())
+            normalized.append(summary.condition.batch_norm != "none")
         if len(ours) < 3:
             continue
         rank = comparison.rank_order(
@@ -186,12 +210,10 @@ def _rank_order(contents) -> str:
                 "–"
                 if rank.low is None
                 else f"{rank.low:.2f} to {rank.high:.2f}",
-                _mean_and_pairs(between),
-                "–"
-                if not (without and with_it)
-                else "yes"
-                if max(without) < min(with_it)
-                else "no",
+                _mean_and_count(comparison.taus_of_seeds(ours, published)),
+                _mean_and_count(between),
+                _tau_where(normalized, ours, published),
+                *_below(normalized, ours),
             ]
         )
     if not rows:
@@ -202,28 +224,64 @@ def _rank_order(contents) -> str:
             f"Rank order on {contents.data}. "
             "Kendall's tau of our order against the published one, by the "
             "means at the same steps as above: 1 is the same order, 0 none. "
-            "Its interval is a 95% bootstrap over seeds, coarse where they "
-            "are few; beside it the mean tau between two of our own seeds that "
-            "all conditions have, and how many such pairs there are. Neither "
-            "can be had while a condition has one seed. The article's order "
-            "at 5,000 steps against its order at the end has "
+            "Its interval is a 95% bootstrap over our seeds, coarse and too "
+            "low where they are few; the article's own chance is not in it. "
+            "Beside it like by like: the mean tau of one seed against the "
+            "article, which has one run, and between two of our seeds, each "
+            "with how many there are. Interval and pairs cannot be had while a "
+            "condition has one seed. With batch normalization: the tau of "
+            "those conditions alone. The article's order at 5,000 steps "
+            "against its order at the end has "
             f"{comparison.published_tau(5_000):.2f}. Last: whether all "
-            "conditions without batch normalization rank below all with it.",
+            "conditions without batch normalization rank below all with it, "
+            "by the means, and in how many seeds.",
             (
                 "step",
                 "conditions",
                 "seeds of each",
                 "tau",
                 "interval",
+                "one seed",
                 "between our seeds",
-                "none below all others",
+                "with batch normalization",
+                "without it all below",
+                "in seeds",
             ),
             rows,
         ),
     )
 
 
-def _mean_and_pairs(taus) -> str:
+def _tau_where(wanted, ours, published) -> str:
+    """Tau of the means of some conditions."""
+    means = [np.mean(list(x.values())) for x in ours]
+    pairs = [x for x in zip(wanted, means, published) if x[0]]
+    if len(pairs) < 3:
+        return "–"
+    _, means, published = zip(*pairs)
+    rank = comparison.rank_order([[x] for x in means], published)
+    return f"{rank.tau:.2f}"
+
+
+def _below(normalized, ours) -> list[str]:
+    """Whether those that are not normalized are below, and in which seeds."""
+    if all(normalized) or not any(normalized):
+        return ["–", "–"]
+
+    def below(values):
+        pairs = list(zip(normalized, values))
+        return max(x for n, x in pairs if not n) < min(x for n, x in pairs if n)
+
+    seeds = set.intersection(*map(set, ours))
+    held = [below([x[seed] for x in ours]) for seed in seeds]
+    by_means = below([np.mean(list(x.values())) for x in ours])
+    return [
+        "yes" if by_means else "no",
+        f"{sum(held)} of {len(held)}" if held else "–",
+    ]
+
+
+def _mean_and_count(taus) -> str:
     if not taus:
         return "–"
     return f"{np.mean(taus):.2f} ({len(taus)})"
@@ -280,7 +338,7 @@ def _stability(contents) -> str:
             number,
             f"{summary.steps[-1]:,}",
             f"{found.deviation:.4f}",
-            f"{found.collapses:g}",
+            ", ".join(map(str, found.collapses)),
             found.evaluations,
             len(summary.runs),
         ]
@@ -293,17 +351,18 @@ def _stability(contents) -> str:
         f"Stability on {contents.data}. "
         "How much test accuracy jumps about in the second half of a run. "
         "Deviation: root mean square of what an evaluation is off the "
-        "mean of the 11 around it. Collapses: evaluations of a seed that "
-        f"lie {comparison.COLLAPSE:g} or more below the median of those."
+        "mean of the 11 around it. Collapses: of each seed, how many "
+        f"evaluations lie {comparison.COLLAPSE:g} or more below the median of "
+        "those."
     )
     headings = ["ID", "to step", "deviation", "collapses", "evaluations"]
     headings += ["seeds"]
     if contents.curves is not None:
         caption += (
             " The article's: the same of its points up to the step at which "
-            "ours end."
+            "ours end, which are unevenly spaced."
         )
-        headings += ["article's deviation", "article's collapses"]
+        headings += [f"article's {x}" for x in headings[2:5]]
     return section(
         "Stability",
         _remark_on_stability(deviations) if contents.compared else "",
@@ -316,8 +375,13 @@ def _published_stability(contents, number):
     last = contents.summaries[number].steps[-1]
     found = comparison.stability(accuracies[None, steps <= last])
     if found is None:
-        return ["–", "–"]
-    return [f"{found.deviation:.4f}", f"{found.collapses:g}"]
+        return ["–", "–", "–"]
+    return [f"{found.deviation:.4f}", found.collapses[0], found.evaluations]
+
+
+def _more(ours, others) -> str:
+    # By the digits that are told.
+    return "more" if round(ours, 3) > round(others, 3) else "not more"
 
 
 def _remark_on_stability(deviations) -> str:
@@ -341,6 +405,8 @@ def _remark_on_stability(deviations) -> str:
         f"mean deviation here: in the dense layer alone {dense:.3f}, in the "
         f"convolutions or in all layers {others:.3f}; and with those of the "
         f"dense layer alone left out, without dropout {bare:.3f}, with dropout "
-        f"0.4 {dropped:.3f}."
+        f"0.4 {dropped:.3f}. So it is "
+        f"{_more(dense, others)} in the dense layer alone, and "
+        f"{_more(bare, dropped)} without dropout."
     )
     return paragraphs([said])

@@ -7,6 +7,7 @@ from experiments import report_figures
 from experiments import report_plots
 from experiments import report_summaries
 from experiments.report_html import items
+from experiments.report_html import paragraphs
 from experiments.report_html import section
 from experiments.report_regeneration import regenerate_control
 
@@ -16,6 +17,7 @@ def chapters(
 ) -> tuple[str, dict[str, str]]:
     """A chapter for each control experiment, and name -> SVG of its figure."""
     parts, files = [], {}
+    note = _note_on_intervals(found)
     for results in found:
         control = results.control
         groups = [
@@ -40,11 +42,40 @@ def chapters(
             section(
                 f"Control: {control.question}",
                 items(results.verdicts()),
-                report_figures.figure(svg, caption, f"{caption} {words}."),
+                "" if parts else note,
+                report_figures.figure(
+                    f"the control of {control.name.replace('_', ' ')}",
+                    svg,
+                    caption,
+                    f"{caption} {words}.",
+                ),
                 regenerate_control(results),
             )
         )
     return "\n".join(parts), files
+
+
+def _note_on_intervals(found) -> str:
+    count = sum(
+        difference is not None and difference.low is not None
+        for results in found
+        for claim in results.control.claims
+        for difference in (
+            results.difference(claim),
+            results.recalibrated_difference(claim),
+        )
+    )
+    if not count:
+        return ""
+    return paragraphs(
+        [
+            "Intervals are of differences of the same seed, by Student's t, "
+            f"each of 95% by itself. Of the {count} of all controls some would "
+            "exclude 0 by chance alone, and those that have the article's "
+            "settings in them share its runs. Where one includes 0, what it "
+            "reaches to is not excluded."
+        ]
+    )
 
 
 def _words(control, arm, number):

@@ -133,15 +133,22 @@ def draw(
         axes.grid(color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        article_in_view = False
+        article_in_view, marks = False, []
         for summary, _, color, dashes in looks if published else ():
             number = summary.condition.number
             look = {"color": color, "zorder": 1, "linestyle": dashes}
+            look |= {"linewidth": 0.6}
             if curves is None:
                 marker = _PUBLISHED_MARKERS[SERIES.index(color)]
                 look |= {"linestyle": "none", "marker": marker}
-            steps = _draw_published(axes, number, look, curves)
-            article_in_view |= any(step <= limits.last_step for step in steps)
+                look |= {"markersize": 4, "markerfacecolor": "none"}
+            points = _published_points(summary, curves)
+            axes.plot(*points.T, **look)
+            article_in_view |= bool((points[:, 0] <= limits.last_step).any())
+            around = "" if curves else "around "
+            marks += _marks(
+                f"condition {number}, the article, {around}", points, limits
+            )
         for summary, (steps, mean, spread), color, dashes in looks:
             seeds = len(summary.runs)
             text = f"{label(summary.condition)}; {seeds} seed"
@@ -190,26 +197,30 @@ def draw(
         axes.set_xlabel("training steps")
         axes.set_ylabel("test accuracy")
         figure.legend(loc="outside lower left", frameon=False, handlelength=3)
-        marks = [
-            mark
-            for summary, (steps, mean, spread), _, _ in looks
-            for mark in _marks(summary, steps, mean, spread, limits)
-        ]
+        # Ours come last: of marks one above the other it is they that answer.
+        for summary, (steps, mean, spread), _, _ in looks:
+            points = np.stack([steps, mean, spread], axis=1)
+            marks += _marks(
+                f"condition {summary.condition.number}, ",
+                points[:, : 3 if len(summary.runs) > 1 else 2],
+                limits,
+            )
         return to_svg(figure, axes, marks), _outside(looks, limits)
 
 
-def figure(svg: str, caption: str, description: str) -> str:
+def figure(name: str, svg: str, caption: str, description: str) -> str:
     """A figure of the page: what it shows, and what is said of it.
 
     Args:
+        name: what it is called, in words.
         svg: from one of the functions that draw.
         caption: below it.
         description: what a reader who cannot see it is told.
     """
-    return framed(svg, description, escape(caption))
+    return framed(name, svg, description, escape(caption))
 
 
-def framed(svg: str, description: str, caption: str) -> str:
+def framed(name: str, svg: str, description: str, caption: str) -> str:
     """The same, with a caption that is HTML.
 
     What the pointer finds by hovering is listed too, for a finger, a keyboard
@@ -220,22 +231,25 @@ def framed(svg: str, description: str, caption: str) -> str:
     return (
         f"<figure>{inline(svg, escape(description))}"
         f"<figcaption>{caption}</figcaption>"
-        f"<details><summary>{len(values)} values</summary>"
+        f"<details><summary>{len(values)} values of {escape(name)}</summary>"
         f"<ul>\n{listed}\n</ul></details></figure>"
     )
 
 
-def _marks(summary, steps, mean, spread, limits):
-    """Points that tell their values: `(step, accuracy, words)`."""
-    stride = -(-len(steps) // _MOST_MARKS)
-    for step, value, off in zip(
-        steps[::stride], mean[::stride], spread[::stride]
-    ):
-        if step <= limits.last_step and limits.low <= value <= limits.high:
-            words = f"condition {summary.condition.number}, step {step:,.0f}: "
-            words += f"{value:.4f}"
-            if len(summary.runs) > 1:
-                words += f", deviation {off:.4f}"
+def _marks(whose, points, limits):
+    """Points that tell their values: `(step, accuracy, words)`.
+
+    Args:
+        whose: what their words begin with.
+        points: a row each of step, accuracy and, if there is one, deviation.
+        limits: the `Axes`.
+    """
+    points = points[points[:, 0] <= limits.last_step]
+    stride = -(-len(points) // _MOST_MARKS) or 1
+    for step, value, *deviation in points[::stride]:
+        if limits.low <= value <= limits.high:
+            words = f"{whose}step {step:,.0f}: {value:.4f}"
+            words += "".join(f", deviation {x:.4f}" for x in deviation)
             yield step, value, words
 
 
@@ -286,19 +300,17 @@ def inline(svg: str, description: str) -> str:
     return f'<svg {box} role="img" aria-label="{description}">{rest}'
 
 
-def _draw_published(axes, number, look, curves) -> Sequence[float]:
-    """Returns the steps of what it drew."""
+def _published_points(summary, curves) -> np.ndarray:
+    """The article's (step, accuracy) of a condition, smoothed where ours is."""
+    number = summary.condition.number
     if curves is None:
         at_step = article.PUBLISHED[number].at_step
-        steps, accuracies = list(at_step), list(at_step.values())
-        look = look | {"markersize": 4, "markerfacecolor": "none"}
-    elif number in curves:
-        steps, accuracies = (smooth(column) for column in curves[number].T)
-        look = look | {"linewidth": 0.6}
-    else:
-        return ()
-    axes.plot(steps, accuracies, **look)
-    return steps
+        return np.array(list(at_step.items()), float)
+    if number not in curves:
+        return np.empty((0, 2))
+    if not summary.smoothed:
+        return curves[number]
+    return np.stack([smooth(column) for column in curves[number].T], axis=1)
 
 
 def _outside(looks, limits) -> str:

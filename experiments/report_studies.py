@@ -92,7 +92,12 @@ def _chapter(results, svg):
             ]
         ),
         items(x.sentence for x in results.answers),
-        report_figures.figure(svg, caption, f"{study.title}. {caption}"),
+        report_figures.figure(
+            f"the study of {study.name.replace('_', ' ')}",
+            svg,
+            caption,
+            f"{study.title}. {caption}",
+        ),
         _contradiction(results),
         paragraphs(
             [

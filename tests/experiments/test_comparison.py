@@ -133,6 +133,13 @@ def test_taus_between_seeds():
     assert comparison.taus_between_seeds(ours) == pytest.approx([1])
 
 
+def test_taus_of_seeds():
+    ours = [[0.1, 0.3, 0.1], [0.2, 0.2, 0.3], [0.3, 0.1, 0.2]]
+    ours = [dict(enumerate(values)) for values in ours]
+    found = comparison.taus_of_seeds(ours, [1, 2, 3])
+    assert found == pytest.approx([1, -1, 1 / 3])
+
+
 def test_stability_finds_collapses_and_not_slopes():
     calm = np.linspace(0.1, 0.6, 100)
     fallen = calm.copy()
@@ -142,6 +149,6 @@ def test_stability_finds_collapses_and_not_slopes():
         for values in (calm, fallen)
     ]
     assert found[0].deviation == pytest.approx(0, abs=1e-12)
-    assert [x.collapses for x in found] == [0, 2]
+    assert [x.collapses for x in found] == [(0,), (2,)]
     assert found[1].deviation > 0.02
     assert comparison.stability(calm[None, :20]) is None

@@ -70,7 +70,7 @@ def test_the_gap_and_what_scaling_takes_away_of_it(tmp_path):
     assert said.pop(f"{_GAP}raw pixels in fixed order") == (
         f"{100 * np.mean(0.1 + off):+.1f} points of test accuracy, 95% "
         f"interval {100 * right.low:+.1f} to {100 * right.high:+.1f} over 5 "
-        "seeds: more, clearly."
+        "seeds: the interval excludes 0."
     )
     scaled = said.pop(f"{_GAP}standardized pixels, reshuffled")
     assert scaled.endswith("no difference is shown.")
@@ -84,7 +84,8 @@ def test_a_wrong_sign_turns_the_verdict(tmp_path):
     said = _verdicts(tmp_path)
     taken = f"What standardizing and reshuffling take{_TAKEN}"
     for words in (f"{_GAP}raw pixels in fixed order", taken):
-        assert said[words].endswith("less, clearly.")
+        assert said[words].startswith("-")
+        assert said[words].endswith("the interval excludes 0.")
 
 
 def test_scaling_is_told_from_reshuffling(tmp_path):
@@ -95,7 +96,7 @@ def test_scaling_is_told_from_reshuffling(tmp_path):
         _write(tmp_path, "standardized_fixed", 9, seed, 0.6 + seed / 1000)
     said = _verdicts(tmp_path)
     both = said[f"What standardizing and reshuffling take{_TAKEN}"]
-    assert both.endswith("more, clearly.")
+    assert both.endswith("the interval excludes 0.")
     left = said[f"{_GAP}standardized pixels in fixed order"]
     assert left.startswith("+10.2 points")
     alone = said[f"What standardizing alone takes{_TAKEN}"]
@@ -115,7 +116,8 @@ def test_statistics_that_are_right_are_compared_too(tmp_path):
     off = 100 * (0.7 + noise - bare)
     right = stats.ttest_1samp(off, 0).confidence_interval(0.95)
     assert said[f"{_GAP}raw pixels in fixed order"].endswith(
-        "more, clearly. At the last step, with recalibrated statistics: "
+        "the interval excludes 0. At the last step, with recalibrated "
+        "statistics: "
         f"{off.mean():+.1f} points of test accuracy, 95% interval "
         f"{right.low:+.1f} to {right.high:+.1f} over 5 seeds."
     )

@@ -330,6 +330,36 @@ def test_what_hovering_tells_can_be_read_without_a_pointer(tmp_path):
     assert listed == hovered
     assert len(listed) == 8
     assert listed[0] == "condition 2, step 100: 0.2000, deviation 0.0000"
+    summaries = re.findall("<summary>(.*?)</summary>", text)
+    assert len(set(summaries)) == len(summaries) == 2
+
+
+def test_the_articles_values_can_be_hovered_over(tmp_path):
+    facts = {"steps": 8_000, "eval_every": 2_000, "every": 2_000}
+    write_run(tmp_path, 2, 0, [0.2, 0.3, 0.4, 0.5], **facts)
+    text = report.write_report(tmp_path).read_text()
+    assert (
+        "<li>condition 2, the article, around step 2,000: 0.5100</li>" in text
+    )
+    # Each where it is drawn: the further right, the later.
+    curves = tmp_path / "curves.csv"
+    lines = [f"2,{100 * k},{0.4 + k / 1000}" for k in range(1, 100)]
+    curves.write_text(
+        "condition,step,test_accuracy\n" + "\n".join(lines) + "\n"
+    )
+    text = report.write_report(tmp_path, curves).read_text()
+    found = re.findall(
+        '<circle cx="(.*?)" cy="(.*?)"[^>]*><title>condition 2, the article, '
+        "step (.*?): (.*?)</title>",
+        text,
+    )
+    # Two figures, up to our last step, not smoothed, as ours is not.
+    half = found[: len(found) // 2]
+    assert [(x[2], x[3]) for x in half] == [
+        (f"{100 * k:,}", f"{0.4 + k / 1000:.4f}") for k in range(1, 82)
+    ]
+    right, down = np.array([x[:2] for x in half], float).T
+    assert (np.diff(right) > 0).all() and (np.diff(down) < 0).all()
 
 
 def test_the_articles_remark_on_stability(tmp_path):
@@ -347,7 +377,7 @@ def test_the_articles_remark_on_stability(tmp_path):
     said = re.search(
         "deviation here: in the dense layer alone (.*?), in the convolutions "
         "or in all layers (.*?); and .*? left out, without dropout (.*?), with "
-        "dropout 0.4 (.*?)\\.<",
+        "dropout 0.4 (.*?)\\. So it",
         text,
     )
     dense, others, bare, dropped = map(float, said.groups())
@@ -359,16 +389,19 @@ def test_the_articles_remark_on_stability(tmp_path):
         x for x in _Page(text).tables if "article's collapses" in x[0]
     )
     # Only the points up to our last step, 4,000, where one has fallen.
-    rows = {row[0]: row[-2:] for row in table}
-    assert rows["9"][1] == "1"
-    assert rows["8"] == ["–", "–"]
+    rows = {row[0]: row[-3:] for row in table}
+    assert rows["9"][1:] == ["1", "15"]
+    assert rows["8"] == ["–", "–", "–"]
+    verdict = "is more in the dense layer alone, and "
+    verdict += ("not " if bare <= dropped else "") + "more without dropout."
+    assert verdict in text
 
 
 def test_figures_of_conditions_without_results_are_named(tmp_path):
     write_run(tmp_path, 9, 0, [0.2, 0.3, 0.4, 0.5])
     page = report.write_report(tmp_path).read_text()
     assert page.count("<svg") == 2  # batch_norm and batch_norm_both
-    assert "figure 1, dropout_only (0, 1, 2); 2, best (2, 11)" in page
+    assert "figure 1, dropout without batch normalization (0, 1, 2);" in page
 
 
 def test_axes_are_the_articles_where_the_data_fills_them():
