@@ -227,7 +227,9 @@ def take_in(updates, count, batches=None, replicas=None, merged=False):
         assign_where_counted(variable, new, count)
     if batches is not None:
         so_far = ops.reshape(batches.value, (-1,))
-        so_far = so_far + ops.cast(more, so_far.dtype)
+        if not isinstance(more, int):
+            more = ops.cast(more, so_far.dtype)
+        so_far = so_far + more
         assign_where_counted(batches, so_far, count)
     return count
 
@@ -264,13 +266,21 @@ def _column(values):
 def _agreed(replicas, pasts, news, more, count):
     """The mean of what the replicas came to, weighted by their counts."""
     shape, dtype = ops.shape(pasts[0]), pasts[0].dtype
-    row = [ops.broadcast_to(ops.cast(x, dtype), shape) for x in (count, more)]
+    row = [_row(x, shape, dtype) for x in (count, more)]
     row += [new - past for past, new in zip(pasts, news)]
     counts, mores, *steps = _gathered(replicas, row)
     count = ops.sum(counts, 0)
     share = counts / at_least(count, 1.0)
     news = [past + ops.sum(share * s, 0) for past, s in zip(pasts, steps)]
     return news, ops.max(mores, 0), count
+
+
+def _row(number, shape, dtype):
+    """A number or a tensor, for each channel."""
+    if isinstance(number, int):
+        # PyTorch waits for its device where a number is made a tensor.
+        return ops.zeros(shape, dtype) + number
+    return ops.broadcast_to(ops.cast(number, dtype), shape)
 
 
 def _gathered(replicas, vectors):

@@ -3,6 +3,9 @@
 import keras
 from keras import ops
 
+from keras_bn.dtypes import at_least
+from keras_bn.dtypes import at_most
+
 _Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 
@@ -33,7 +36,8 @@ class LinearRamp(_Schedule):
     def __call__(self, step):
         """The value at `step`, an integer tensor, as a float32 tensor."""
         done = ops.cast(step, "float32") - float(self.begin)
-        done = ops.clip(done / float(self.end - self.begin), 0.0, 1.0)
+        done = at_least(done / float(self.end - self.begin), 0.0)
+        done = at_most(done, 1.0)
         value = self.first * (1.0 - done) + self.last * done
         return 1.0 / value if self.reciprocal else value
 

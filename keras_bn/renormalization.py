@@ -121,9 +121,12 @@ def updates_of_reference(layer, mean, variance):
 
 def count_step(variable, count):
     """Counts a batch in an integer variable, unless no position counted."""
-    counted = ops.any(ops.convert_to_tensor(count) > 0)
     step = ops.convert_to_tensor(variable)
-    variable.assign(step + ops.cast(counted, step.dtype))
+    if isinstance(count, int):
+        counted = int(count > 0)
+    else:
+        counted = ops.cast(ops.any(count > 0), step.dtype)
+    variable.assign(step + counted)
 
 
 def renormalized(gamma, beta, mean, stddev, reference, epsilon, clipping):

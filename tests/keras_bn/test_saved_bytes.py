@@ -139,6 +139,20 @@ def test_with_renorm():
     assert inputs <= saved <= inputs + 12 * 4 * 16
 
 
+@pytest.mark.parametrize("policy", SIZES)
+def test_frozen_layers_save_no_more_than_keras_does(policy):
+    """Which on PyTorch and JAX is nothing of the inputs' size."""
+    shape = (64, 8, 8, 16)
+    ours, theirs = (
+        _saved(layer_class, shape, policy, trainable=False)
+        for layer_class in (
+            keras_bn.BatchNormalization,
+            keras.layers.BatchNormalization,
+        )
+    )
+    assert ours <= theirs + 8 * max(SIZES[policy], 4) * 16 + 64
+
+
 def test_the_measure_sees_what_keras_saves():
     """Else the other tests would pass whatever was saved."""
     shape = (64, 8, 8, 16)

@@ -72,10 +72,11 @@ def normalize(inputs, gamma, beta, axis, epsilon):
 
 def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
     """Normalizes with given moments, by the cheaper of the two ways."""
-    # Two passes of multiply-add are cheaper than two transposes.
+    # cuDNN refuses a batch of more than 65,535 here, and has no deterministic
+    # gradient. Two passes of multiply-add are cheaper than two transposes.
     transposed = inputs.dtype == tf.float32 and axis != inputs.shape.rank - 1
     repeats = _repeats(inputs, axis)
-    if transposed or repeats is None or is_small(inputs):
+    if has_gpu() or transposed or repeats is None or is_small(inputs):
         return plain.normalize_with(
             inputs, mean, variance, gamma, beta, axis=axis, epsilon=epsilon
         )
@@ -204,6 +205,9 @@ def _undo_bessel(mean, variance, x):
     """From the op's variance, divided by N - 1, to the one divided by N."""
     if x.shape.is_fully_defined() and x.shape.num_elements():
         count = x.shape.num_elements() // x.shape[-1]
+        if count == 1:
+            # Divided by 0, which a CPU does not do, but cuDNN does.
+            return mean, tf.zeros_like(variance)
         return mean, variance * ((count - 1) / count)
     # The op says NaN for both moments of an empty batch.
     count = tf.cast(tf.size(x) // tf.maximum(tf.shape(x)[-1], 1), tf.float32)

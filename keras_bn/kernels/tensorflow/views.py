@@ -42,7 +42,7 @@ def divisor(count):
 
 def has_gpu():
     """Whether TensorFlow may place the kernels on a GPU."""
-    return bool(tf.config.list_physical_devices("GPU"))
+    return bool(tf.config.get_visible_devices("GPU"))
 
 
 def is_for_xla():
@@ -78,10 +78,19 @@ def is_small(inputs):
 
 
 def channels_last(x, axis):
-    """A view of `x` as `[a, b, 1, channels]`, the layout the op is fast at."""
+    """A view of `x` as `[a, b, 1, channels]`, the layout the op is fast at.
+
+    On a GPU `a` is the batch: cuDNN refuses more than 880,801 there.
+    """
     if axis != x.shape.rank - 1:
         x = tf.transpose(x, _to_last(axis, x.shape.rank))
     *sizes, channels = x.shape.as_list()
+    if has_gpu():
+        # No dimension is left to be inferred: a batch may be empty.
+        batch, *area = [
+            tf.shape(x)[i] if n is None else n for i, n in enumerate(sizes)
+        ]
+        return tf.reshape(x, [batch, math.prod(area), 1, channels])
     width = _width(sizes, channels, x.dtype)
     if None in sizes:
         return tf.reshape(x, [-1, width, 1, channels])

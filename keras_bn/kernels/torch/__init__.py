@@ -29,6 +29,7 @@ from keras_bn.kernels.torch import masked
 from keras_bn.kernels.torch import native
 from keras_bn.kernels.torch import plain
 from keras_bn.kernels.torch import small_parts
+from keras_bn.kernels.torch.plain import filled
 from keras_bn.kernels.torch.replicas import merge
 from keras_bn.kernels.torch.views import dense_order
 from keras_bn.kernels.torch.views import flatten
@@ -134,10 +135,7 @@ def normalize_ghost_batches(
     ]
     outputs, means, variances, counts = zip(*results)
     means = torch.stack(means)
-    counts = [
-        torch.as_tensor(count, dtype=means.dtype, device=means.device)
-        for count in counts
-    ]
+    counts = [filled(count, like=means) for count in counts]
     counts = torch.stack(counts).reshape(len(parts), -1)
     outputs = torch.cat(outputs)
     return outputs, means, torch.stack(variances), counts
@@ -166,7 +164,10 @@ class _Normalize(torch.autograd.Function):
         far,
         replicas,
     ):
-        ctx.save_for_backward(inputs, gamma, mean, variance, mask)
+        # With constants for all but the inputs theirs are not needed.
+        ctx.frozen = count is None and not any(ctx.needs_input_grad[1:5])
+        kept = None if ctx.frozen else inputs
+        ctx.save_for_backward(kept, gamma, mean, variance, mask)
         ctx.count, ctx.axis, ctx.epsilon, ctx.far = count, axis, epsilon, far
         ctx.replicas = replicas
         vectors = gamma, beta, mean, variance
@@ -182,6 +183,11 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, output_gradient):
         inputs, gamma, mean, variance, mask = ctx.saved_tensors
+        if ctx.frozen:
+            dx = plain.input_gradient(
+                output_gradient, gamma, variance, ctx.axis, ctx.epsilon
+            )
+            return dx, *[None] * (len(ctx.needs_input_grad) - 1)
         vectors = gamma, mean, variance, ctx.count
         if (
             torch.is_grad_enabled()

@@ -23,9 +23,7 @@ def moments(inputs, axis, mask, replicas=None):
         x = torch.where(mask, x, 0.0)
     total = torch.Tensor.sum
     if replicas is not None:
-        count = replicas.total(
-            torch.as_tensor(count, dtype=dtype, device=x.device)
-        )
+        count = replicas.total(filled(count, like=x))
 
         def total(x, reduced):
             return replicas.total(x.sum(reduced))
@@ -45,6 +43,12 @@ def outputs(inputs, gamma, beta, mean, variance, axis, epsilon):
     if beta is not None:
         outputs = outputs + along(axis, beta, inputs)
     return outputs.to(inputs.dtype)
+
+
+def input_gradient(dy, gamma, variance, axis, epsilon):
+    """Of the inputs, where nothing else depends on them."""
+    factor = along(axis, scale_factor(gamma, variance, epsilon), dy)
+    return (dy * factor).to(dy.dtype)
 
 
 def gradients(
@@ -120,6 +124,17 @@ def scale_factor(gamma, variance, epsilon):
 def at_least_one(count):
     """`count`, or 1 where nothing was counted."""
     return max(count, 1) if isinstance(count, int) else count.clamp(min=1)
+
+
+def filled(count, like):
+    """A count, an int or a tensor, as a tensor of the dtype of `like`.
+
+    An int is written by the device. `torch.as_tensor` copies it there, for
+    which a GPU's whole queue is waited for.
+    """
+    if isinstance(count, torch.Tensor):
+        return count.to(like)
+    return like.new_full((), count)
 
 
 def moments_dtype(dtype):

@@ -6,6 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from keras_bn.kernels.torch.checkpointing import is_recomputation
+from keras_bn.kernels.torch.plain import filled
 
 
 class Replicas:
@@ -131,8 +132,7 @@ def _check_channels(replicas, state):
 def merge(replicas, mean, variance, count):
     """The moments of all replicas' positions, exactly (Chan et al., 1983)."""
     # Without a mask one number counts for all channels.
-    count = torch.as_tensor(count, dtype=mean.dtype, device=mean.device)
-    count = count.reshape(-1)
+    count = filled(count, like=mean).reshape(-1)
     table = replicas.gather(torch.cat([mean, variance, count]))
     channels = len(mean)
     means, variances, counts = table.split([channels, channels, len(count)], 1)

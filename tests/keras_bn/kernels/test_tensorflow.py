@@ -30,6 +30,82 @@ def test_the_fused_op_over_generated_cases(case):
         check(case)
 
 
+def _on_a_gpu():
+    """The roads that are taken where there is one, on the CPU."""
+    return mock.patch.object(
+        tf.config, "get_visible_devices", lambda *kind: ["a GPU"]
+    )
+
+
+@given(cases(dtypes=("float16", "bfloat16", "float32")))
+def test_the_roads_on_a_gpu_over_generated_cases(case):
+    with _on_a_gpu():
+        check(case)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "seen"),
+    [
+        ((32, 56, 56, 256), 3, (32, 56 * 56, 1, 256)),
+        ((32, 16, 8, 8), 1, (32, 64, 1, 16)),
+        ((70_000, 16), 1, (70_000, 1, 1, 16)),
+    ],
+)
+def test_what_cudnn_is_given(shape, axis, seen):
+    """It refuses long batches: 880,801 in training, 65,535 in inference.
+
+    As PyTorch says, which has another kernel for longer ones:
+    aten/src/ATen/native/Normalization.cpp, `_select_batch_norm_backend`.
+    """
+    channels = shape[axis]
+
+    def ops(unknown, function):
+        known = tf.TensorSpec([None if unknown else shape[0], *shape[1:]])
+        with _on_a_gpu():
+            graph = tf.function(function).get_concrete_function(known).graph
+        return [x for x in graph.get_operations() if "FusedBatchNorm" in x.type]
+
+    ones = tf.ones([channels])
+    settings = {"axis": axis, "epsilon": EPSILON}
+    for unknown in (False, True):
+        (op,) = ops(
+            unknown,
+            lambda x: kernels.normalize_batch(x, None, None, **settings),
+        )[:1]
+        found = op.inputs[0].shape.as_list()
+        assert found == [None if unknown else seen[0], *seen[1:]]
+        assert not ops(
+            unknown,
+            lambda x: kernels.normalize_with(x, *[ones] * 4, **settings),
+        )
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_one_position_on_a_gpu(unknown):
+    """cuDNN divides its variance by N - 1: NaN, tensorflow#34062."""
+    op = tf.raw_ops.FusedBatchNormV3
+
+    def cudnn(**given):
+        results = op(**given)
+        nan = tf.fill(tf.shape(results.batch_variance), float("nan"))
+        return results._replace(batch_variance=nan)
+
+    inputs = tf.constant([[1.0, -2.0, 5.0]])
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 3])])
+    def in_graph(x):
+        return kernels.normalize_batch(x, None, None, axis=1, epsilon=EPSILON)
+
+    def eager(x):
+        return kernels.normalize_batch(x, None, None, axis=1, epsilon=EPSILON)
+
+    with _on_a_gpu(), mock.patch.object(tf.raw_ops, "FusedBatchNormV3", cudnn):
+        outputs, mean, variance, _ = (in_graph if unknown else eager)(inputs)
+    np.testing.assert_array_equal(mean, inputs[0])
+    np.testing.assert_array_equal(variance, [0.0] * 3)
+    np.testing.assert_array_equal(outputs, [[0.0] * 3])
+
+
 @given(cases(dtypes=("float16", "bfloat16", "float32"), masks=(None,)))
 def test_the_fused_op_in_a_graph_of_known_shape(case):
     data = case.data()

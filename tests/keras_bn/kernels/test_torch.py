@@ -353,3 +353,37 @@ def test_moving_statistics_as_in_pytorch(momentum):
         (ours.moving_variance, theirs.running_var),
     ):
         torch.testing.assert_close(variable.value, buffer)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"momentum": None},
+        {"debias": True},
+        {"renorm": True, "renorm_clipping": keras_bn.renorm_schedule()},
+    ],
+)
+def test_no_number_is_handed_to_the_device(arguments, monkeypatch):
+    """A GPU's whole queue is waited for where `torch.as_tensor` does it."""
+    monkeypatch.setattr(kernels, "_is_eager_on_cpu", lambda tensor: False)
+    layer = keras_bn.BatchNormalization(**arguments)
+    layer.build(SHAPE)
+    handed_over = []
+
+    def watched(name):
+        function = getattr(torch, name)
+
+        def call(value, *args, **kwargs):
+            if not isinstance(value, torch.Tensor):
+                handed_over.append(value)
+            return function(value, *args, **kwargs)
+
+        monkeypatch.setattr(torch, name, call)
+
+    for name in ("as_tensor", "tensor", "scalar_tensor"):
+        watched(name)
+    keras.ops.convert_to_tensor(1.0)
+    assert handed_over.pop() == 1.0
+    layer(_inputs(), training=True).square().sum().backward()
+    assert not handed_over
