@@ -12,9 +12,8 @@ import dataclasses
 from experiments import ExperimentError
 
 REFERENCE = (
-    "a note on Qiita on batch normalization and its effect, 2018-06-10 "
-    "(Deep LearningにおけるBatch Normalizationの理解メモと、実際に"
-    "その効果を見てみる)"
+    "a Japanese note on Qiita, 2018-06-10, on understanding batch "
+    "normalization in deep learning, with a look at its effect"
 )
 
 BATCH_SIZE = 128
