@@ -51,11 +51,13 @@ class Claim:
         words: what the difference is, as the subject of a sentence.
         ours, others: (name of an arm, condition) of the accuracies that are
             added, and of those that are taken away.
+        in_short: whether the report begins with what it comes to.
     """
 
     words: str
     ours: tuple[tuple[str, int], ...]
     others: tuple[tuple[str, int], ...]
+    in_short: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +89,21 @@ class Control:
         return [arm for arm in self.arms if arm.changes]
 
 
-def _gap(arm, where):
+def _gap(arm, where, in_short=False):
     return Claim(
         f"Batch normalization (condition 9 less condition 0) {where}",
         ((arm, 9),),
         ((arm, 0),),
+        in_short,
     )
 
 
-def _taken(arm, what_takes):
+def _taken(arm, what_takes, in_short=False):
     return Claim(
         f"What {what_takes} away of the gap on raw pixels in fixed order",
         (("raw_fixed", 9), (arm, 0)),
         (("raw_fixed", 0), (arm, 9)),
+        in_short,
     )
 
 
@@ -144,18 +148,19 @@ CONTROLS = {
                 ),
             ),
             (
-                _gap("raw_fixed", "on raw pixels in fixed order"),
+                _gap("raw_fixed", "on raw pixels in fixed order", True),
                 _gap("raw_reshuffled", "on raw pixels, reshuffled"),
                 _gap(
                     "standardized_fixed",
                     "on standardized pixels in fixed order",
+                    True,
                 ),
                 _gap(
                     "standardized_reshuffled",
                     "on standardized pixels, reshuffled",
                 ),
                 _taken("raw_reshuffled", "reshuffling alone takes"),
-                _taken("standardized_fixed", "standardizing alone takes"),
+                _taken("standardized_fixed", "standardizing alone takes", True),
                 _taken(
                     "standardized_reshuffled",
                     "standardizing and reshuffling take",
@@ -209,6 +214,7 @@ CONTROLS = {
                     "condition 0)",
                     (("input", 9),),
                     (("after", 0),),
+                    True,
                 ),
                 Claim(
                     "Batch normalization of all layers against that of the "
@@ -241,6 +247,7 @@ CONTROLS = {
                     "none at 0.0001",
                     (("rate_0.001", 9),),
                     (("rate_0.0001", 0),),
+                    True,
                 ),
                 _rate_claim("rate_0.0001", "0.0001", 0),
                 _rate_claim("rate_0.01", "0.01", 9),
@@ -263,6 +270,7 @@ CONTROLS = {
                     f"Our layer instead of Keras's (condition {number})",
                     (("keras_bn", number),),
                     (("keras", number),),
+                    True,
                 )
                 for number in (9, 11)
             ),

@@ -12,6 +12,21 @@ from experiments.report_html import section
 from experiments.report_regeneration import regenerate_control
 
 
+def summary(found: list[control_results.Results]) -> str:
+    """The verdicts that the report begins with; nothing if there are none."""
+    said = [
+        words
+        for results in found
+        for claim, words in zip(
+            results.control.claims, results.verdicts(), strict=True
+        )
+        if claim.in_short and results.difference(claim) is not None
+    ]
+    if not said:
+        return ""
+    return section("The controls in short", items(said))
+
+
 def chapters(
     found: list[control_results.Results],
 ) -> tuple[str, dict[str, str]]:

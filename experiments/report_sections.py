@@ -41,6 +41,7 @@ def page_sections(
     """
     summary = report_studies.summary(studied)
     study_chapters, files = report_studies.chapters(studied)
+    in_short = report_controls.summary(found)
     control_chapters, drawn = report_controls.chapters(found)
     files |= drawn
     runs = control_results.all_runs(found)
@@ -54,7 +55,7 @@ def page_sections(
         if runs:
             title = "Batch normalization in the article's CNN: controls"
             said = f"{len(runs)} runs of control experiments."
-            chapters += [control_chapters, of_controls]
+            chapters += [in_short, control_chapters, of_controls]
         introduction = paragraphs([said])
     else:
         title = f"Batch normalization in the article's CNN on {contents.data}"
@@ -64,6 +65,7 @@ def page_sections(
         files |= drawn
         on_data = f"on {contents.data}"
         chapters = [
+            in_short,
             summary,
             section(f"Final test accuracy {on_data}", _accuracies(contents)),
             section(

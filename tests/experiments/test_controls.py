@@ -297,3 +297,17 @@ def test_the_report_has_a_chapter_for_it(tmp_path):
     page = report.write_report(tmp_path).read_text()
     assert "Control: How much of the gap" in page
     assert "Final test accuracy" in page
+
+
+def test_the_report_begins_with_what_was_measured(tmp_path):
+    _gaps(tmp_path, 0.1, 0.0)
+    page = report.write_report(tmp_path).read_text()
+    short, _, rest = page.partition("The controls in short</h2>")[2].partition(
+        "<h2"
+    )
+    listed = re.findall("<li>(.*?)</li>", short)
+    # Of the arms that there are, and no "not measured yet".
+    assert [x.split(": ")[0] for x in listed] == [
+        f"{_GAP}raw pixels in fixed order"
+    ]
+    assert listed[0] in rest
