@@ -1,5 +1,6 @@
 """What is said of the control experiments, from the files in this clone."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -179,6 +180,50 @@ def test_what_dropout_brings_is_what_the_files_say():
     assert shown == [False, False, True, False]
 
 
+def test_what_is_left_after_16_epochs_is_what_the_files_say():
+    told = " ".join(_README.split())
+    later = _ROOT / "results/input_and_order_16_epochs/controls"
+    standardized = "input_and_order/standardized_fixed"
+    arms = {"raw": "article", "standardized": standardized}
+    gaps = {}
+    for arm, folder in arms.items():
+        paths = [
+            [later / folder / f"{condition}/{seed}" for seed in range(3)]
+            for condition in (0, 9)
+        ]
+        for path in (*paths[0], *paths[1]):
+            facts = json.loads((path / "run.json").read_text())
+            assert facts["steps"] == 16 * article.BATCHES_PER_EPOCH
+            assert (facts["input"], facts["shuffle"]) == (arm, False)
+            assert "dirty" not in facts["revision"]
+        bare, normalized = (
+            [[f(path) for path in own] for f in (_accuracy, _recalibrated)]
+            for own in paths
+        )
+        gaps[arm] = np.subtract(normalized, bare)
+    gaps["taken"] = gaps["raw"] - gaps["standardized"]
+    raw, standardized, taken = (
+        [
+            "{} ({})".format(*_points_and_interval(x)).replace("+", "")
+            for x in gaps[arm]
+        ]
+        for arm in ("raw", "standardized", "taken")
+    )
+    assert (
+        f"gap of {raw[0]} on raw pixels, {standardized[0]} on standardized "
+        f"ones, and of the difference, {taken[0]},"
+    ) in told
+    assert (
+        f"Recalibrated they are {raw[1]}, {standardized[1]} and {taken[1]}."
+    ) in told
+    # Raw ones are the runs of the article's table.
+    for condition, seed in itertools.product((0, 9), range(3)):
+        run = f"{condition}/{seed}/metrics.jsonl"
+        assert (later / "article" / run).read_bytes() == (
+            _RESULTS / run
+        ).read_bytes()
+
+
 def test_how_the_gap_goes_on_is_what_the_files_say():
     """The article's settings beyond the steps of the controls."""
     told = " ".join(_README.split())
@@ -198,7 +243,7 @@ def test_how_the_gap_goes_on_is_what_the_files_say():
             assert [x["test_accuracy"] for x in lines][: len(shared)] == shared
         means[condition] = np.mean(values)
     gap = 100 * (means[9] - means[0])
-    assert f"these very runs, it is {gap:.1f} points, and" in told
+    assert f"wider: it is {gap:.1f} points at 5,000 steps" in told
 
 
 def test_what_the_other_controls_come_to_is_what_the_files_say():
