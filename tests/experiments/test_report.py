@@ -334,6 +334,14 @@ def test_what_hovering_tells_can_be_read_without_a_pointer(tmp_path):
     assert len(set(summaries)) == len(summaries) == 2
 
 
+def _write_curves(folder, condition, points):
+    """The article's curves as --published_curves takes them; its path."""
+    path = folder / "curves.csv"
+    lines = [f"{condition},{step},{accuracy}" for step, accuracy in points]
+    path.write_text("\n".join(["condition,step,test_accuracy", *lines, ""]))
+    return path
+
+
 def test_the_articles_values_can_be_hovered_over(tmp_path):
     facts = {"steps": 8_000, "eval_every": 2_000, "every": 2_000}
     write_run(tmp_path, 2, 0, [0.2, 0.3, 0.4, 0.5], **facts)
@@ -342,10 +350,8 @@ def test_the_articles_values_can_be_hovered_over(tmp_path):
         "<li>condition 2, the article, around step 2,000: 0.5100</li>" in text
     )
     # Each where it is drawn: the further right, the later.
-    curves = tmp_path / "curves.csv"
-    lines = [f"2,{100 * k},{0.4 + k / 1000}" for k in range(1, 100)]
-    curves.write_text(
-        "condition,step,test_accuracy\n" + "\n".join(lines) + "\n"
+    curves = _write_curves(
+        tmp_path, 2, [(100 * k, 0.4 + k / 1000) for k in range(1, 100)]
     )
     text = report.write_report(tmp_path, curves).read_text()
     found = re.findall(
@@ -368,10 +374,8 @@ def test_the_articles_remark_on_stability(tmp_path):
     for number, size in jumps.items():
         accuracies = 0.5 + size * generator.uniform(-1, 1, 40)
         write_run(tmp_path, number, 0, accuracies.tolist(), steps=4_000)
-    curves = tmp_path / "curves.csv"
-    lines = [f"9,{100 * k},{0.5 + 0.2 * (k != 35)}" for k in range(1, 60)]
-    curves.write_text(
-        "condition,step,test_accuracy\n" + "\n".join(lines) + "\n"
+    curves = _write_curves(
+        tmp_path, 9, [(100 * k, 0.5 + 0.2 * (k != 35)) for k in range(1, 60)]
     )
     text = report.write_report(tmp_path, curves).read_text()
     said = re.search(
