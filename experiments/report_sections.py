@@ -7,6 +7,7 @@ from experiments import control_results
 from experiments import report_comparison
 from experiments import report_controls
 from experiments import report_figures
+from experiments import report_stability
 from experiments import report_studies
 from experiments import report_summaries
 from experiments.report_html import contents as table_of_contents
@@ -74,6 +75,7 @@ def page_sections(
                 f'<div class="figures">\n{figures}\n</div>',
             ),
             report_comparison.chapters(contents),
+            report_stability.chapters(contents),
             control_chapters,
             study_chapters,
             section(f"Runs {on_data}", _runs(contents)),

@@ -61,6 +61,14 @@ class Summary:
         spread = float(ends.std(ddof=1)) if len(ends) > 1 else None
         return float(ends.mean()), spread
 
+    def moving_and_recalibrated(self) -> list[tuple[float, float]]:
+        """Accuracies at the end with either statistics, of runs with both."""
+        return [
+            (float(run.accuracies[-1]), run.recalibrated)
+            for run in self.runs
+            if run.recalibrated is not None
+        ]
+
     def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Steps, and mean and standard deviation over the seeds there.
 
