@@ -11,6 +11,7 @@ from scipy import stats
 
 from experiments import article
 from experiments import comparison
+from experiments import report_comparison
 from experiments import report_summaries
 from experiments import result_files
 
@@ -232,6 +233,25 @@ def test_the_report_has_the_same_numbers():
             assert found.mean == pytest.approx(
                 np.mean(_means(number, found.step))
             )
+
+
+@pytest.mark.parametrize(
+    ("step", "seeds"), [(2_000, "3 of 3"), (5_000, "2 of 3")]
+)
+def test_the_report_has_the_same_order(step, seeds):
+    """Whose seeds hold is in README, and tested above."""
+    contents = report_summaries.read_contents(_RESULTS, None)
+    rows = re.findall("<tr>(.*?)</tr>", report_comparison.chapters(contents))
+    (cells,) = (
+        re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row)
+        for row in rows
+        if f">{step:,}</th>" in row
+    )
+    tau, low, high, one, between, nine = _order(step)
+    assert cells[3:] == [
+        *(tau, f"{low} to {high}", f"{one} (3)", f"{between} (3)"),
+        *(nine, "yes", seeds),
+    ]
 
 
 def test_runs_are_of_one_setting():
