@@ -22,16 +22,51 @@ def revision() -> str:
         return "unknown"
 
 
+# What the kernels of a processor depend on, the newest first, as Linux names
+# it. Clouds call many generations by one name.
+_VECTOR_EXTENSIONS = {
+    "amx_tile": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
+
+
 def processor() -> str:
-    """Returns the name of the processor."""
-    name = platform.processor() or platform.machine()
+    """Returns the processor's name and its newest vector extension."""
+    name, flags = platform.processor() or platform.machine(), []
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() == "flags":
+                flags = value.split()
+                break
     except OSError:
         pass  # Not Linux; what the platform module says must do.
+    for flag, extension in _VECTOR_EXTENSIONS.items():
+        if flag in flags:
+            return f"{name}, {extension}"
     return name
+
+
+def onednn() -> bool | None:
+    """Returns whether TensorFlow computes with oneDNN.
+
+    None: another backend runs, or this TensorFlow does not say.
+    """
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        return None
+    try:
+        # TensorFlow 2.21 has no public name for it.
+        from tensorflow.python.util import _pywrap_util_port
+
+        return _pywrap_util_port.IsMklEnabled()
+    except (ImportError, AttributeError):
+        return None
 
 
 def usable_cores() -> int:

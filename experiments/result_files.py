@@ -68,6 +68,10 @@ _OPTIONAL_FACTS = {
         ("shuffle", "synchronized"),
         ("true or false", lambda x: isinstance(x, bool)),
     ),
+    "onednn": (
+        "true, false or null",
+        lambda x: x is None or isinstance(x, bool),
+    ),
     "packages": ("an object", lambda x: isinstance(x, dict)),
     "continued_by": (
         "a list of objects",

@@ -169,8 +169,8 @@ class RunFolder:
                     "the folder"
                 )
 
-    def _write_facts(self):
-        """Says what makes the run, from now on if it was begun earlier."""
+    def _write_facts(self, step):
+        """Says what makes the run, from `step` on if it was begun earlier."""
         facts = self._description
         if self._facts.exists():
             facts = result_files.read_facts(self._facts)
@@ -181,7 +181,16 @@ class RunFolder:
             last = [facts, *facts.get("continued_by", [])][-1]
             if all(last.get(name) == now[name] for name in now):
                 return
-            facts.setdefault("continued_by", []).append(now)
+            facts.setdefault("continued_by", []).append({"step": step, **now})
+            of_onednn = last.get("onednn"), now["onednn"]
+            if step and set(of_onednn) == {True, False}:
+                before, after = ("on" if x else "off" for x in of_onednn)
+                print(
+                    f"{self.path}: trained with oneDNN {before} to step "
+                    f"{step} and goes on with oneDNN {after}, which rounds "
+                    "differently; set TF_ENABLE_ONEDNN_OPTS to choose",
+                    file=sys.stderr,
+                )
         atomic.write_text(self._facts, json.dumps(facts, indent=2) + "\n")
 
     def resume(self, model: keras.Model) -> Position:
@@ -216,7 +225,7 @@ class RunFolder:
                     "go on: delete its folder to begin the run anew"
                 )
         self.remove_leftovers()
-        self._write_facts()
+        self._write_facts(position.step)
         for path, lines in kept.items():
             text = "".join(json.dumps(line) + "\n" for line in lines)
             atomic.write_text(path, text)

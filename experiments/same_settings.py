@@ -36,7 +36,14 @@ SETTINGS = (
     "synchronized",
 )
 # What may differ from run to run, but is then said.
-CIRCUMSTANCES = ("device", "processor", "cores", "packages", "revision")
+CIRCUMSTANCES = (
+    "device",
+    "processor",
+    "cores",
+    "onednn",
+    "packages",
+    "revision",
+)
 # What runs were that say nothing of it: there was no choice yet.
 BEFORE = {
     "distribution": "none",

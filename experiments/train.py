@@ -170,6 +170,7 @@ def describe(
         "device": machine.device(),
         "processor": machine.processor(),
         "cores": machine.usable_cores(),
+        "onednn": machine.onednn(),
         "packages": {
             "python": platform.python_version(),
             "keras": keras.__version__,

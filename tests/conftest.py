@@ -10,6 +10,9 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# As the programs do; else it would depend on the CPU, and on which tests are
+# collected before TensorFlow is imported.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 # Two logical devices, for what is sharded.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 # JAX compiles in most of a test's time; processes, and later runs, share it.

@@ -38,6 +38,7 @@ def _description(**changes):
         "device": "a device",
         "processor": "a processor",
         "cores": 2,
+        "onednn": True,
         "packages": {"keras": "3"},
         "revision": "one",
         **changes,
@@ -57,7 +58,31 @@ def test_other_circumstances_may_continue_and_are_said(tmp_path):
     continued = {
         name: description[name] for name in same_settings.CIRCUMSTANCES
     }
+    continued["step"] = 0
     assert _facts(tmp_path) == {**_description(), "continued_by": [continued]}
+
+
+@pytest.mark.parametrize(("before", "after"), [("on", "off"), ("off", "on")])
+def test_a_run_says_that_it_goes_on_with_other_rounding(
+    before, after, tmp_path, capsys
+):
+    model = _model()
+    begun = run_folder.RunFolder(tmp_path, _description(onednn=before == "on"))
+    begun.resume(model)
+    begun.record(_metrics(2), _timing(2), model)
+    begun.close()
+    assert not capsys.readouterr().err
+    going_on = _description(onednn=after == "on")
+    folder = run_folder.RunFolder(tmp_path, going_on)
+    assert folder.resume(model).step == 2
+    folder.close()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"oneDNN {before} to step 2" in said
+    assert f"goes on with oneDNN {after}" in said
+    (segment,) = _facts(tmp_path)["continued_by"]
+    assert segment["step"] == 2
+    assert segment["onednn"] == (after == "on")
 
 
 def test_a_folder_of_another_run_is_refused_untouched(tmp_path):

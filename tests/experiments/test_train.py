@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -146,6 +147,7 @@ def test_run_json_says_what_made_the_run(undisturbed):
         "device",
         "processor",
         "cores",
+        "onednn",
         "packages",
         "revision",
     }
@@ -153,6 +155,11 @@ def test_run_json_says_what_made_the_run(undisturbed):
     assert facts["processor"]
     # Of the fixture's process, in whatever cores this one may use.
     assert 1 <= facts["cores"] <= os.cpu_count()
+    # TF_ENABLE_ONEDNN_OPTS: what the user says, else on.
+    chosen = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") == "1"
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if on_x86:
+        assert facts["onednn"] is (chosen if backend == "tensorflow" else None)
 
 
 def test_tensorboard_logs_have_the_metrics(undisturbed):
