@@ -12,6 +12,7 @@ given several times at once, on one machine or on several that share the
 folder, the processes share the runs. The report is written at the end.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from experiments import run_settings
 from experiments import train
 from experiments.run_settings import Settings
 
+# Runs of the default settings: two seeds, with oneDNN on and off.
+DEFAULT_RUNS = Path(__file__).parents[1] / "results" / "default_run"
 PRESETS = {
     # Condition 11, the article's best, and the same without batch
     # normalization: long enough for the moving averages to have settled.
@@ -120,18 +123,54 @@ def run(
     return accuracies
 
 
+def recalibrated(
+    folder: Path, runs: Sequence[Settings]
+) -> dict[int, list[float]]:
+    """Returns condition number -> test accuracy (0 to 1) of each seed.
+
+    It is that of the trained weights with statistics of
+    `keras_bn.recalibrate`; conditions without batch normalization have none.
+
+    Args:
+        folder: of results.
+        runs: finished ones in it.
+
+    Raises:
+        ExperimentError: a file is damaged.
+    """
+    accuracies = {}
+    for settings in runs:
+        value = result_files.read_recalibrated(settings.folder(folder))
+        if value is not None:
+            accuracies.setdefault(settings.condition, []).append(value)
+    return accuracies
+
+
 def table(
-    accuracies: dict[int, list[float]], steps: int, dataset: data.Dataset
+    accuracies: Mapping[int, Sequence[float]],
+    with_new_statistics: Mapping[int, Sequence[float]],
+    steps: int,
+    dataset: data.Dataset,
 ) -> str:
     """Returns final accuracies as text, beside the article's on CIFAR-10.
 
     Args:
         accuracies: what `run` returns of a folder.
+        with_new_statistics: what `recalibrated` returns of it.
         steps: training steps of every run.
         dataset: what they were trained on.
     """
     comparable = dataset.name == "cifar10"
-    rows = [("condition", "batch norm", "dropout", "accuracy", "published")]
+    rows = [
+        (
+            "condition",
+            "batch norm",
+            "dropout",
+            "accuracy",
+            "recalibrated",
+            "published",
+        )
+    ]
     for number, values in sorted(accuracies.items()):
         condition = article.condition(number)
         rows.append(
@@ -140,6 +179,7 @@ def table(
                 condition.batch_norm,
                 f"{condition.dropout:g}",
                 _spread(values),
+                _spread(with_new_statistics.get(number, ())),
                 _published(number, steps) if comparable else "none",
             )
         )
@@ -149,7 +189,47 @@ def table(
     )
 
 
+def is_default(runs: Sequence[Settings]) -> bool:
+    """Whether runs differ from those of no flags at all by their seed only."""
+    quick = dict(PRESETS["quick"])
+    default = grid(quick.pop("conditions"), seeds=1, **quick)
+    return {dataclasses.replace(x, seed=0) for x in runs} == set(default)
+
+
+def spread_to_expect(folder: Path = DEFAULT_RUNS) -> str:
+    """Says in a line how far apart runs of the default settings lie.
+
+    Args:
+        folder: of the runs to say it of, a folder of results for each way
+            of rounding.
+
+    Raises:
+        ExperimentError: there are none, or a file is damaged.
+    """
+    final, new, seeds = {}, [], set()
+    for results in sorted(folder.iterdir()):
+        for run in result_files.read_runs(results):
+            name = run.condition.number
+            final.setdefault(name, []).append(run.accuracies[-1])
+            new += [] if run.recalibrated is None else [run.recalibrated]
+            seeds.add(run.seed)
+    ranges = " and ".join(
+        f"condition {name} {_range(values)}" for name, values in final.items()
+    )
+    return (
+        "What to expect: a run this short depends on the seed and on how the "
+        f"CPU rounds. Over {len(seeds)} seeds, with oneDNN on and off, "
+        f"{ranges}, recalibrated {_range(new)}."
+    )
+
+
+def _range(values):
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
 def _spread(values):
+    if not values:
+        return "none"
     mean = f"{statistics.fmean(values):.3f}"
     if len(values) == 1:
         return mean
@@ -264,7 +344,17 @@ def main(argv):
     for folder, accuracies in run(grids, dataset, flags.FLAGS.ray).items():
         if len(grids) > 1:
             print(f"{folder}:")
-        print(table(accuracies, grids[folder][0].steps, dataset))
+        runs = grids[folder]
+        print(
+            table(
+                accuracies,
+                recalibrated(folder, runs),
+                runs[0].steps,
+                dataset,
+            )
+        )
+        if dataset.name == "cifar10" and is_default(runs):
+            print(spread_to_expect())
     for found in control_results.read(output):
         if found.control.name == flags.FLAGS.preset:
             print("\n".join(found.verdicts()))

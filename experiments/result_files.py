@@ -352,11 +352,18 @@ def _read_run(path: Path) -> Run:
         train_seconds=sum(row["train_seconds"] for row in timing) or None,
         eval_seconds=sum(row["eval_seconds"] for row in timing) or None,
         images_per_second=float(np.median(speeds)) if speeds else None,
-        recalibrated=_read_recalibrated(folder),
+        recalibrated=read_recalibrated(folder),
     )
 
 
-def _read_recalibrated(folder: Path) -> float | None:
+def read_recalibrated(folder: Path) -> float | None:
+    """Reads a run's test accuracy with recalibrated statistics, 0 to 1.
+
+    None: the run has none.
+
+    Raises:
+        ExperimentError: the file is damaged.
+    """
     path = folder / RECALIBRATED
     if not os.path.exists(path):
         return None

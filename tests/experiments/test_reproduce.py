@@ -15,8 +15,10 @@ from experiments import article
 from experiments import data
 from experiments import many_runs
 from experiments import reproduce
+from experiments import result_files
 from experiments import run_folder
 from experiments import train
+from tests.experiments.run_files import write_run
 
 _ROOT = Path(__file__).parents[2]
 _CIFAR10 = data.Dataset(None, None, None, None, "cifar10", "3.0.2", "any")
@@ -277,8 +279,8 @@ def test_two_processes_share_a_grid_and_one_is_killed(tmp_path):
     ],
 )
 def test_published_beside_the_same_step(number, steps, published):
-    text = reproduce.table({number: [0.5]}, steps, _CIFAR10)
-    assert text.splitlines()[1].split(maxsplit=4)[4] == published
+    text = reproduce.table({number: [0.5]}, {}, steps, _CIFAR10)
+    assert text.splitlines()[1].split(maxsplit=5)[5] == published
 
 
 def test_help_says_every_default():
@@ -299,21 +301,71 @@ def test_help_says_every_default():
 
 
 def test_table_on_cifar10():
-    text = reproduce.table({11: [0.6, 0.7], 2: [0.512]}, 2_000, _CIFAR10)
-    lines = [line.split() for line in text.splitlines()]
-    assert lines[1] == ["2", "none", "0.4", "0.512", "0.510"]
-    assert " ".join(lines[2]) == "11 both 0.4 0.650 +- 0.071 (2 seeds) 0.622"
+    text = reproduce.table(
+        {11: [0.6, 0.7], 2: [0.512]}, {11: [0.75]}, 2_000, _CIFAR10
+    )
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[1:] == [
+        "2 none 0.4 0.512 none 0.510",
+        "11 both 0.4 0.650 +- 0.071 (2 seeds) 0.750 0.622",
+    ]
 
 
 def test_table_on_other_data_has_nothing_published(few):
-    text = reproduce.table({11: [0.6]}, 2_000, few)
+    text = reproduce.table({11: [0.6]}, {}, 2_000, few)
     assert text.splitlines()[1].split() == [
         "11",
         "both",
         "0.4",
         "0.600",
         "none",
+        "none",
     ]
+
+
+def test_recalibrated_accuracies_are_those_of_the_runs_asked_for(tmp_path):
+    for condition, seed, text in (
+        (2, 0, None),
+        (11, 0, '{"images": 9, "test_accuracy": 0.25}'),
+        (11, 1, '{"images": 9, "test_accuracy": 0.75}'),
+        (11, 2, '{"images": 9, "test_accuracy": 0.5}'),
+    ):
+        folder = tmp_path / str(condition) / str(seed)
+        folder.mkdir(parents=True)
+        if text:
+            (folder / "recalibrated.json").write_text(text)
+    runs = reproduce.grid((2, 11), 2)
+    assert reproduce.recalibrated(tmp_path, runs) == {11: [0.25, 0.75]}
+
+
+@pytest.mark.parametrize(
+    ("runs", "default"),
+    [
+        (reproduce.grid((2, 11), 1), True),
+        (reproduce.grid((2, 11), 3), True),
+        (reproduce.grid((11,), 1), False),
+        (reproduce.grid((2, 11), 1, steps=700), False),
+        (reproduce.grid((2, 11), 1, layer="keras"), False),
+    ],
+)
+def test_which_runs_are_those_of_no_flags(runs, default):
+    assert reproduce.is_default(runs) == default
+
+
+def test_the_spread_to_expect_is_that_of_the_runs_kept(tmp_path):
+    for name, off in (("off", 0.0), ("on", 0.25)):
+        write_run(tmp_path / name, 2, 0, [0.5, 0.125 + off])
+        write_run(tmp_path / name, 11, 1, [0.0, 0.5 + off])
+        (tmp_path / name / "11/1/recalibrated.json").write_text(
+            json.dumps({"images": 9, "test_accuracy": 0.625 + off})
+        )
+    said = reproduce.spread_to_expect(tmp_path)
+    assert "Over 2 seeds, with oneDNN on and off, " in said
+    assert said.endswith(
+        "condition 2 0.12 to 0.38 and condition 11 0.50 to 0.75, "
+        "recalibrated 0.62 to 0.88."
+    )
+    assert "\n" not in said
 
 
 def test_the_program_from_flags_to_report(tmp_path):
