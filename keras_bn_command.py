@@ -34,7 +34,7 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     try:
         _check(options)
-        with _start_up_lines_dropped():
+        with start_up_lines_dropped():
             from keras_bn import cli
 
         return getattr(cli, options.command)(options)
@@ -204,7 +204,7 @@ def _add_model_and_data(parser, required):
 
 
 @contextlib.contextmanager
-def _start_up_lines_dropped():
+def start_up_lines_dropped():
     """What native code writes to stderr goes nowhere.
 
     TensorFlow 2.21 says what it found whatever TF_CPP_MIN_LOG_LEVEL is; this

@@ -18,6 +18,8 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from keras_bn_command import start_up_lines_dropped
+
 # TensorFlow's native start-up lines would bury a program's own one line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # TensorFlow turns oneDNN on by itself only where the CPU has AVX-512 VNNI. It
@@ -139,7 +141,8 @@ def require_backend() -> None:
         ExperimentError: it has not.
     """
     try:
-        import keras
+        with start_up_lines_dropped():
+            import keras
 
         name = keras.backend.backend()
         if name in BACKENDS:

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments import ExperimentError
 from experiments import download
+from keras_bn_command import start_up_lines_dropped
 
 DATASETS = ("auto", "cifar10", "digits")
 INPUTS = ("raw", "standardized")
@@ -236,7 +237,9 @@ def _encoded(tfds, builder, split):
 def _leave_accelerators_to_keras():
     """Keeps TensorFlow, as a mere reader, from taking a GPU's memory."""
     import keras
-    import tensorflow as tf
+
+    with start_up_lines_dropped():
+        import tensorflow as tf
 
     if keras.backend.backend() != "tensorflow":
         tf.config.set_visible_devices([], "GPU")

@@ -49,6 +49,23 @@ def main(argv):
 experiments.launch(main)
 """
 
+# Computes, and reads what the user has of TensorFlow's as a data set's reader.
+COMPUTING = """
+import experiments
+
+def main(argv):
+    experiments.require_backend()
+    import keras
+    from experiments import data
+    keras.ops.zeros(3) + 1
+    try:
+        data._leave_accelerators_to_keras()
+    except ModuleNotFoundError:
+        pass  # an environment without TensorFlow
+
+experiments.launch(main)
+"""
+
 # 256 TiB, more than a process can address.
 GREEDY = """
 import experiments
@@ -74,6 +91,12 @@ def test_progress_notes_of_libraries_are_shown_on_demand(flags, shown):
     done = run_program(PROGRAM, *flags)
     assert done.returncode == 0
     assert ("a progress note" in done.stderr) == shown
+
+
+def test_nothing_precedes_what_a_program_says():
+    """TensorFlow 2.21 has native lines for every process that imports it."""
+    done = run_program(COMPUTING)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
