@@ -31,11 +31,13 @@ class Affine:
 
         Args:
             axis: Int in `[0, rank)`, without the axis of samples.
-            size: Of that axis.
+            size: Of that axis; None: not known.
 
         Raises:
-            NotExact: they depend on other axes too.
+            NotExact: they depend on other axes too, or have no size.
         """
+        if size is None:
+            raise NotExact("the number of channels there is not known")
         others = np.delete(self.scale.shape, axis)
         if np.any(others != 1):
             raise NotExact("it depends on more than the channel there")

@@ -5,7 +5,9 @@ graphs. Every other layer is made anew from its config, and what it holds comes
 along there.
 """
 
+import contextlib
 import inspect
+import re
 import tempfile
 
 import keras
@@ -15,15 +17,30 @@ from keras.src.models.functional import Functional
 from keras.src.models.functional import functional_like_constructor
 from keras.src.saving.serialization_lib import SafeModeScope
 
+from keras_bn.surgery.calls import is_graph
+from keras_bn.surgery.calls import nodes_of
 
-def is_graph(layer):
-    """Whether the layer is a model that runs the graph it shows.
 
-    A subclass that overrides `call` may do anything.
+def check_is_graph(caller, model):
+    """Raises ValueError for a model that is no graph.
+
+    Args:
+        caller: Name of the function that says no.
     """
-    return isinstance(layer, (Functional, keras.Sequential)) and type(
-        layer
-    ).call in (Functional.call, keras.Sequential.call)
+    if is_graph(model):
+        return
+    if type(model).call is keras.Sequential.call:
+        raise ValueError(
+            f"`{caller}` takes a Sequential model with one input. Received: "
+            f"model {model.name!r}, which was called with several. Make it of "
+            "`keras.Input`s by `keras.Model`."
+        )
+    raise ValueError(
+        f"`{caller}` takes a functional or Sequential model, whose layers are "
+        f"known. Received: model {model.name!r} of type "
+        f"{type(model).__name__}, whose `call` is its own. Use the layers in "
+        "that class itself."
+    )
 
 
 class ModelCloner:
@@ -38,6 +55,8 @@ class ModelCloner:
             and outputs is refused. If not, a plain model takes its place.
         rewrite: Function from the config of a layer that is no graph, and its
             parts', to the config to make it from.
+        training: From the ids of nodes to what they are called with as
+            `training`, instead of what Keras wrote down.
 
     Attributes:
         clones: List of pairs of a layer that was cloned and its clone, without
@@ -45,13 +64,17 @@ class ModelCloner:
         models: The same for the models, the inner ones first.
     """
 
-    def __init__(self, caller, instead_of, keep_class, rewrite=None):
+    def __init__(
+        self, caller, instead_of, keep_class, rewrite=None, training=None
+    ):
         self._caller = caller
         self._instead_of = instead_of
         self._keep_class = keep_class
         self._rewrite = rewrite or (lambda config: config)
+        self._training = training or {}
         # From the id of an original to what stands for it.
         self._made = {}
+        self._replaced = set()
         # From the id of a part of a layer that is no graph to that layer.
         self._owners = {}
         self.clones = []
@@ -64,23 +87,13 @@ class ModelCloner:
             ValueError: a layer cannot be cloned, or the model's class not be
                 kept.
         """
-        self.check(model)
+        check_is_graph(self._caller, model)
         if isinstance(model, keras.Sequential):
             new = self._sequential(model)
         else:
             new = self._functional(model)
         self.models.append((model, new))
         return new
-
-    def check(self, model):
-        """Raises ValueError for a model that is no graph."""
-        if not is_graph(model):
-            raise ValueError(
-                f"`{self._caller}` takes a functional or Sequential model, "
-                f"whose layers are known. Received: model {model.name!r} of "
-                f"type {type(model).__name__}, whose `call` is its own. Use "
-                "the layers in that class itself."
-            )
 
     def _sequential(self, model):
         if type(model).__init__ is not keras.Sequential.__init__:
@@ -93,7 +106,8 @@ class ModelCloner:
             for layer in model._layers
             for new in self._operations_for(layer)
         ]
-        return kind(layers, name=model.name)
+        with self._refusal_of("call the layers of", model):
+            return kind(layers, name=model.name)
 
     def _functional(self, model):
         kind = type(model)
@@ -106,10 +120,54 @@ class ModelCloner:
             ].output,
             model._inputs_struct,
         )
-        outputs = model._run_through_graph(
-            inputs, operation_fn=self._operations_for, call_fn=_call_in_turn
+        # From the ids of the model's tensors to the new ones.
+        tensors = dict(zip(map(id, model.inputs), tree.flatten(inputs)))
+        for node in nodes_of(model):
+            if not node.is_input and all(
+                id(x) in tensors for x in node.input_tensors
+            ):
+                outputs = self._call(node, tensors)
+                tensors.update(
+                    zip(map(id, node.outputs), tree.flatten(outputs))
+                )
+        outputs = tree.map_structure(
+            lambda x: tensors[id(x)], model._outputs_struct
         )
-        return kind(inputs, outputs, name=model.name)
+        with self._refusal_of("make", model):
+            return kind(inputs, outputs, name=model.name)
+
+    def _call(self, node, tensors):
+        """Calls what takes the place of a node's operation."""
+        args, kwargs = node.arguments.fill_in(tensors)
+        operations = self._operations_for(node.operation)
+        if id(node) in self._training and len(args) < 2:
+            training = self._training[id(node)]
+            if isinstance(training, keras.KerasTensor):
+                training = tensors.get(id(training))
+            kwargs["training"] = training
+        if id(node.operation) in self._replaced:
+            args, kwargs = _for_another(
+                node.operation, operations, args, kwargs
+            )
+        if not operations:
+            return args[0]
+        *first, last = operations
+        with self._refusal_of("call", node.operation):
+            for operation in first:
+                args = (operation(*args),)
+            return last(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _refusal_of(self, what, operation):
+        """Turns what Keras, or code of the user's, raises into a sentence."""
+        try:
+            yield
+        except Exception as error:
+            raise ValueError(
+                f"`{self._caller}` cannot {what} {operation.name!r} of type "
+                f"{type(operation).__name__} in the new model. Received: "
+                f"{_one_line(error)}."
+            ) from error
 
     def _refuse_class(self, model):
         if self._keep_class:
@@ -128,6 +186,7 @@ class ModelCloner:
             made = self._instead_of(operation)
             if made is not None:
                 made = tuple(made)
+                self._replaced.add(id(operation))
             elif is_graph(operation):
                 made = (self.clone(operation),)
             else:
@@ -180,17 +239,20 @@ def _config_of(operation):
     return config
 
 
-def _call_in_turn(operations, *args, **kwargs):
-    if not operations:
-        return args[0]
-    *first, last = operations
-    for operation in first:
-        args = (operation(*args), *args[1:])
-    # Of what Keras wrote down, a layer of another kind may not take all.
-    for name in ("mask", "training"):
-        if not getattr(last, f"_call_has_{name}_arg", True):
-            kwargs.pop(name, None)
-    return last(*args, **kwargs)
+def _for_another(layer, operations, args, kwargs):
+    """The arguments of a call of `layer` for what takes its place.
+
+    Keras gives `training` to layers that take none, too.
+    """
+    names = list(inspect.signature(layer.call).parameters)
+    inputs, *others = args or (kwargs.pop(names[0]),)
+    if operations:
+        taken = list(inspect.signature(operations[-1].call).parameters)
+        if "mask" not in taken:
+            kwargs.pop("mask", None)
+        if taken[: len(args)] != names[: len(args)]:
+            others = []
+    return (inputs, *others), kwargs
 
 
 def custom_objects_of(operation):
@@ -292,6 +354,8 @@ def _without_state(value):
 
 
 def _one_line(error):
-    # Keras repeats the config first.
+    # Keras repeats the config first, or has what is wrong in bold.
     text = str(error).split("Exception encountered:")[-1]
+    bold = re.search("\x1b\\[1m(.*?)\x1b\\[0m", text, re.DOTALL)
+    text = bold[1] if bold else text
     return " ".join(text.split())[:300].rstrip(".")

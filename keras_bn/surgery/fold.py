@@ -4,13 +4,15 @@ import keras
 
 from keras_bn.model_layers import BATCH_NORMALIZATIONS
 from keras_bn.model_layers import built_batch_normalizations
+from keras_bn.surgery.calls import TrainingArguments
+from keras_bn.surgery.calls import graphs_of
+from keras_bn.surgery.calls import is_graph
+from keras_bn.surgery.calls import uses_of
 from keras_bn.surgery.cloning import ModelCloner
+from keras_bn.surgery.cloning import check_is_graph
 from keras_bn.surgery.cloning import copy_own_state
-from keras_bn.surgery.cloning import is_graph
 from keras_bn.surgery.convert import refuse_infinite_weights
 from keras_bn.surgery.fold_plan import FoldPlan
-from keras_bn.surgery.fold_plan import graphs_of
-from keras_bn.surgery.fold_plan import uses_of
 from keras_bn.surgery.fold_report import KEPT
 from keras_bn.surgery.fold_report import FoldReport
 from keras_bn.surgery.fold_report import LayerFold
@@ -64,16 +66,22 @@ class _Folder:
     """Makes the layers of the folded model."""
 
     def __init__(self, model):
-        # Refuses what is no graph.
-        self.cloner = ModelCloner("fold", self._instead_of, keep_class=False)
-        self.cloner.check(model)
+        check_is_graph("fold", model)
         graphs = graphs_of(model)
+        training = TrainingArguments(model)
+        self.cloner = ModelCloner(
+            "fold",
+            self._instead_of,
+            keep_class=False,
+            # A layer that is gone no longer decides for those after it.
+            training=training.of_calls if training.layers else None,
+        )
         uses = uses_of(graphs.values())
         self._plans = {}
         self._weights = []
         report = []
         for path, graph in graphs.items():
-            plan = FoldPlan(graph, path, uses)
+            plan = FoldPlan(graph, path, uses, training.layers)
             report += plan.report
             report += _kept_inside(graph, path)
             for operation in graph.operations:
@@ -86,9 +94,12 @@ class _Folder:
         if plan is None:
             return None
         if id(layer) in plan.removed:
-            if plan.is_output(layer):
-                # The output keeps its name.
-                return [keras.layers.Identity(name=layer.name)]
+            if plan.keeps_place(layer):
+                return [
+                    keras.layers.Identity(
+                        name=layer.name, dtype=layer.compute_dtype
+                    )
+                ]
             return []
         if id(layer) in plan.multiply_adds:
             return [self._multiply_add(layer, plan.multiply_adds[id(layer)])]

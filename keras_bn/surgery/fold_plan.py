@@ -9,9 +9,10 @@ from keras_bn.model_layers import BATCH_NORMALIZATIONS
 from keras_bn.surgery.affine import Affine
 from keras_bn.surgery.affine import NotExact
 from keras_bn.surgery.affine import of_batch_normalization
-from keras_bn.surgery.cloning import is_graph
+from keras_bn.surgery.calls import nodes_of
 from keras_bn.surgery.fold_report import AFTER
 from keras_bn.surgery.fold_report import BEFORE
+from keras_bn.surgery.fold_report import BOTH
 from keras_bn.surgery.fold_report import KEPT
 from keras_bn.surgery.fold_report import MULTIPLY_ADD
 from keras_bn.surgery.fold_report import LayerFold
@@ -19,55 +20,13 @@ from keras_bn.surgery.linear_layers import LINEAR_LAYERS
 from keras_bn.surgery.linear_layers import check_range
 from keras_bn.surgery.linear_layers import in_float64
 from keras_bn.surgery.linear_layers import linear_of
+from keras_bn.surgery.linear_layers import padding_at_border
 from keras_bn.surgery.linear_layers import preimage
 from keras_bn.surgery.past_layers import ZERO_PADDINGS
 from keras_bn.surgery.past_layers import channel_axis
 from keras_bn.surgery.past_layers import check_positions
 from keras_bn.surgery.past_layers import moved_after
 from keras_bn.surgery.past_layers import moved_before
-
-
-def graphs_of(model):
-    """From paths to the graphs in a model, each once, the outermost first."""
-    graphs = {}
-    seen = set()
-
-    def collect(one, path):
-        if id(one) in seen:
-            return
-        seen.add(id(one))
-        graphs[path] = getattr(one, "_functional", one)
-        for layer in one.layers:
-            if is_graph(layer):
-                collect(layer, f"{path}{layer.name}/")
-
-    collect(model, "")
-    return graphs
-
-
-def nodes_of(graph):
-    """List of the calls in a graph, each after those it depends on."""
-    return [
-        node
-        for depth in sorted(graph._nodes_by_depth, reverse=True)
-        for node in graph._nodes_by_depth[depth]
-    ]
-
-
-def uses_of(graphs):
-    """How often each operation is called, by its id.
-
-    What is in a layer that is no graph counts once for that layer.
-    """
-    uses = collections.Counter()
-    for graph in graphs:
-        for node in nodes_of(graph):
-            uses[id(node.operation)] += 1
-        for layer in graph.layers:
-            if not is_graph(layer):
-                for part in layer._flatten_layers(include_self=False):
-                    uses[id(part)] += 1
-    return uses
 
 
 class FoldPlan:
@@ -77,6 +36,8 @@ class FoldPlan:
         graph: `Functional`.
         path: Str before the names of its layers in the report.
         uses: `uses_of` all graphs of the model.
+        trained: Set of the ids of the layers that some call runs in training
+            mode.
 
     Attributes:
         report: List of `LayerFold`, in the order of the graph.
@@ -87,9 +48,10 @@ class FoldPlan:
             border.
     """
 
-    def __init__(self, graph, path, uses):
+    def __init__(self, graph, path, uses, trained):
         self._path = path
         self._uses = uses
+        self._trained = trained
         self._outputs = {id(x) for x in graph.outputs}
         self._consumers = collections.defaultdict(list)
         self._producer = {}
@@ -110,10 +72,18 @@ class FoldPlan:
         )
         self.report = list(self._done.values())
 
-    def is_output(self, layer):
-        """Whether what the layer returns is an output of the graph."""
-        outputs = self._nodes[id(layer)].outputs
-        return any(id(x) in self._outputs for x in outputs)
+    def keeps_place(self, layer):
+        """Whether a layer that is removed leaves an identity behind.
+
+        For the name of an output of the graph, and for what is narrower than
+        what the layer returned.
+        """
+        node = self._nodes[id(layer)]
+        (outputs,) = node.outputs
+        return (
+            id(outputs) in self._outputs
+            or node.input_tensors[0].dtype != outputs.dtype
+        )
 
     def input_shape(self, layer):
         """Of a sample; the layer is called once."""
@@ -135,8 +105,9 @@ class FoldPlan:
             self._note(layer, KEPT)
             try:
                 affines[id(layer)] = affine_of(layer)
-                self._check_inference(node)
+                self._check_inference(layer)
                 self._check_once(layer)
+                self._check_unmasked(node)
                 changes = [self._before(node, affines[id(layer)])]
                 self._apply(changes)
                 self._fold(layer, BEFORE, changes)
@@ -146,15 +117,17 @@ class FoldPlan:
             layer = node.operation
             if id(layer) in self.removed or len(reasons[id(layer)]) > 1:
                 continue
-            if id(layer) not in affines or not _is_inference(node):
+            if id(layer) not in affines or id(layer) in self._trained:
                 self._note(layer, KEPT, reason=reasons[id(layer)][0])
                 continue
             try:
                 self._check_once(layer)
-                changes, rest = self._scaled_before(node, affines[id(layer)])
-                changes += self._into_after(node.outputs[0], rest)
-                self._apply(changes)
-                self._fold(layer, AFTER, changes)
+                self._check_unmasked(node)
+                self._check_floats(node)
+                before, rest = self._scaled_before(node, affines[id(layer)])
+                after = self._into_after(node.outputs[0], rest)
+                self._apply([*before, *after])
+                self._fold(layer, BOTH if before else AFTER, [*before, *after])
             except NotExact as reason:
                 reasons[id(layer)].append(str(reason))
                 self.multiply_adds[id(layer)] = affines[id(layer)]
@@ -163,7 +136,10 @@ class FoldPlan:
 
     def _fold(self, layer, how, changes):
         self.removed.add(id(layer))
-        self._note(layer, how, [changed.name for changed, _ in changes])
+        in_order = list(self._nodes)
+        layers = [changed for changed, _ in changes]
+        layers.sort(key=lambda changed: in_order.index(id(changed)))
+        self._note(layer, how, [changed.name for changed in layers])
 
     def _note(self, layer, how, into=(), reason=""):
         self._done[id(layer)] = LayerFold(
@@ -173,13 +149,23 @@ class FoldPlan:
             reason=reason,
         )
 
-    def _check_inference(self, node):
-        if not _is_inference(node):
-            raise NotExact("it is called with training=True")
+    def _check_inference(self, layer, named="it"):
+        if id(layer) in self._trained:
+            raise NotExact(f"{named} is called with training=True")
 
     def _check_once(self, operation):
         if self._uses[id(operation)] > 1:
             raise NotExact(f"{operation.name!r} is used more than once")
+
+    def _check_unmasked(self, node):
+        if node.arguments.kwargs.get("mask") is not None:
+            # Its outputs have the mask, and what follows may use it.
+            raise NotExact("it is called with a mask")
+
+    def _check_floats(self, node):
+        dtype = node.input_tensors[0].dtype
+        if "float" not in dtype:
+            raise NotExact(f"its inputs are of dtype {dtype}")
 
     def _scaled_before(self, node, affine):
         """What can be done of `affine` before it all the same: scales above 0.
@@ -247,6 +233,9 @@ class FoldPlan:
                     *affine.vectors(axis, shape[axis])
                 )
                 new.check_range()
+                if new.border is not None:
+                    # Raises where the padding is not known.
+                    padding_at_border(layer, shape)
                 changes.append((layer, new))
             elif type(layer) in ZERO_PADDINGS:
                 changes += self._into_after(outputs, affine)
@@ -293,8 +282,7 @@ class FoldPlan:
             len(node.input_tensors) != 1 or len(node.outputs) != 1
         ):
             raise NotExact(f"{name} comes {where} it")
-        if not _is_inference(node):
-            raise NotExact(f"{name} is called with training=True")
+        self._check_inference(layer, name)
 
 
 def affine_of(layer):
@@ -327,7 +315,3 @@ def affine_of(layer):
         {axis - 1: n for axis, n in sizes.items()},
         rank - 1,
     )
-
-
-def _is_inference(node):
-    return node.arguments.kwargs.get("training") is not True

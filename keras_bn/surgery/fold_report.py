@@ -7,6 +7,7 @@ from keras_bn.diagnostics.text_table import text_table
 
 BEFORE = "into the layer before"
 AFTER = "into the layer after"
+BOTH = "into the layers before and after"
 MULTIPLY_ADD = "multiply-add"
 KEPT = "kept"
 
@@ -18,10 +19,12 @@ class LayerFold:
     Attributes:
         layer: Name of the layer, after those of the models that it is in:
             `"backbone/bn"`.
-        how: `"into the layer before"` or `"into the layer after"`;
-            `"multiply-add"`: it became a layer `inputs * scale + shift`; or
-            `"kept"`: it is what it was.
-        into: Tuple of the names of the layers whose weights changed.
+        how: `"into the layer before"`, `"into the layer after"` or `"into the
+            layers before and after"`, where the absolute scale goes before
+            and the rest after; `"multiply-add"`: it became a layer
+            `inputs * scale + shift`; or `"kept"`: it is what it was.
+        into: Tuple of the names of the layers whose weights changed, in the
+            order of the graph.
         reason: Why it was not folded; empty where it was.
     """
 
@@ -52,17 +55,24 @@ class FoldReport(collections.abc.Sequence):
 
     @property
     def folded(self):
-        return [one for one in self if one.how in (BEFORE, AFTER)]
+        return [one for one in self if one.into]
 
     @property
     def left(self):
-        return [one for one in self if one.how not in (BEFORE, AFTER)]
+        return [one for one in self if not one.into]
 
     def __str__(self):
         return text_table(
             ["layer", "folded", "into, or why not"],
             [
-                [one.layer, one.how, ", ".join(one.into) or one.reason]
+                [one.layer, one.how, _into(one) or one.reason]
                 for one in self
             ],
         )
+
+
+def _into(one):
+    if one.how != BOTH:
+        return ", ".join(one.into)
+    before, *after = one.into
+    return f"{before} (scale), {', '.join(after)} (sign and shift)"

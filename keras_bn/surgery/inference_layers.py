@@ -16,7 +16,8 @@ class ScaleAndShift(keras.layers.Layer):
             sample, or 1 along some axes.
         **kwargs: Those of `keras.layers.Layer`.
 
-    Inputs: tensor of shape `(samples, ...)`; computed in float32 at least.
+    Inputs: tensor of shape `(samples, ...)`; computed in float32 at least. A
+    mask that is given with it is that of the outputs.
     Output shape: that of the inputs, in the compute dtype.
     """
 
@@ -39,7 +40,7 @@ class ScaleAndShift(keras.layers.Layer):
             autocast=False,
         )
 
-    def call(self, inputs):
+    def call(self, inputs, mask=None):
         inputs = as_floats(inputs, self.compute_dtype)
         dtype = moments_dtype(inputs.dtype)
         scale, shift = (ops.cast(v, dtype) for v in (self.scale, self.shift))

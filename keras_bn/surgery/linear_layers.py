@@ -240,7 +240,7 @@ def padding_at_border(layer, shape):
         if layer.padding == "causal":
             paddings.append((reach, 0))
             continue
-        if stride > 1:
+        if stride > 1 and reach > 0:
             if size is None:
                 raise NotExact(
                     f"the padding of {layer.name!r} depends on a size that is "

@@ -17,6 +17,7 @@ OURS = keras_bn.BatchNormalization
 BN = layers.BatchNormalization
 BEFORE = "into the layer before"
 AFTER = "into the layer after"
+BOTH = "into the layers before and after"
 LEFT = "multiply-add"
 # Elsewhere Keras narrows float64 in some layers.
 DTYPE = "float64" if frameworks.IS_TENSORFLOW else "float32"
@@ -241,7 +242,7 @@ def test_channels_first():
             layers.ZeroPadding2D(1, **first),
             layers.Conv2D(3, 3, padding="same", **first),
         ]
-        expected = [BEFORE, AFTER]
+        expected = [BEFORE, BOTH]
     assert _fold(IMAGE, parts)[1] == expected
 
 
@@ -295,7 +296,7 @@ def test_chains():
         layers.Conv2D(3, 3, padding="same"),
     ]
     folded, hows = _fold(IMAGE, parts)
-    assert hows == [AFTER, BEFORE, BEFORE, AFTER, AFTER]
+    assert hows == [AFTER, BEFORE, BEFORE, BOTH, AFTER]
     assert len(folded.layers) == 5
 
 
@@ -395,6 +396,274 @@ def test_what_is_no_inference_is_kept():
     )
 
 
+def test_the_table_says_what_goes_where():
+    """In the order of the graph."""
+    parts = [
+        layers.Conv2D(4, 3, activation="relu", name="first"),
+        BN(name="norm"),
+        layers.ZeroPadding2D(1, name="border"),
+        layers.Conv2D(3, 3, name="second"),
+    ]
+    folded, _ = _fold(IMAGE, parts)
+    *_, row = str(folded.fold_report).splitlines()
+    assert row.split(maxsplit=1) == [
+        "norm",
+        f"{BOTH}  first (scale), border, second (sign and shift)",
+    ]
+    assert folded.fold_report.folded and not folded.fold_report.left
+
+
+@pytest.mark.parametrize(
+    "shape, layer",
+    [
+        ((None, 3), lambda: layers.Conv1D(5, 3, strides=2, padding="same")),
+        (
+            (None, None, 3),
+            lambda: layers.Conv2D(5, 3, strides=2, padding="same"),
+        ),
+        (
+            (None, 7, 3),
+            lambda: layers.DepthwiseConv2D(3, strides=2, padding="same"),
+        ),
+        (
+            (None, None, None, 3),
+            lambda: layers.Conv3D(5, 2, strides=3, padding="same"),
+        ),
+        ((None, 3), lambda: layers.SeparableConv1D(5, 3, 2, padding="same")),
+    ],
+)
+def test_a_padding_that_depends_on_an_unknown_size(shape, layer):
+    model = keras.Sequential([keras.Input(shape), BN(), layer()])
+    models.randomize(model)
+    sizes = [7 if n is None else n for n in shape]
+    folded = _folded(model, sizes)
+    (one,) = folded.fold_report
+    assert one.how == LEFT and "a size that is not known" in one.reason
+    # Where each window is one pixel there is no padding.
+    thin = layers.Conv2D(5, (3, 1), strides=(1, 2), padding="same")
+    model = keras.Sequential([keras.Input((None, None, 3)), BN(), thin])
+    folded = _folded(models.randomize(model), (5, 7, 3))
+    assert [x.how for x in folded.fold_report] == [AFTER]
+
+
+@pytest.mark.parametrize("window", [(3, 1), (1, 3)])
+def test_windows_of_one_pixel_along_an_axis(window):
+    """'same' pads the other axis, with what is normalized to zero."""
+    conv = layers.Conv2D(5, window, padding="same")
+    _, hows = _fold(IMAGE, [BN(), conv])
+    assert hows == [AFTER]
+
+
+@pytest.mark.parametrize("conv", ["valid", "same"])
+def test_what_is_padded_already_by_another(conv):
+    """The second border is what the first one is of."""
+    padding = layers.ZeroPadding2D(1, name="zero")
+    conv = layers.Conv2D(3, 3, padding=conv, name="conv")
+    folded, hows = _fold(IMAGE, [BN(), BN(), padding, conv])
+    assert hows == [AFTER, AFTER]
+    assert [x.into for x in folded.fold_report] == 2 * [("zero", "conv")]
+
+
+def test_a_layer_after_that_others_use_too():
+    first, second = keras.Input((4,)), keras.Input((4,))
+    dense = layers.Dense(3, name="dense")
+    outputs = [dense(BN(name="norm")(first)), dense(second)]
+    model = models.randomize(keras.Model([first, second], outputs))
+    folded = keras_bn.fold(model)
+    (one,) = folded.fold_report
+    assert one.how == LEFT and "'dense' is used more than once" in one.reason
+    generator = np.random.default_rng(1)
+    values = [generator.normal(size=(3, 4)).astype(DTYPE) for _ in range(2)]
+    pairs = zip(_outputs(folded, values), _outputs(model, values))
+    for found, expected in pairs:
+        size = np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, 0, TOLERANCE * size)
+
+
+def _inner(*parts, training=None, shape=(4,)):
+    """A model whose last layer was called with `training`."""
+    *parts, last = parts
+    inputs = x = keras.Input(shape)
+    for part in parts:
+        x = part(x)
+    given = {} if training is None else {"training": training}
+    return keras.Model(inputs, last(x, **given))
+
+
+def _given_to_the_layer(training):
+    return _inner(layers.Dense(4), BN(name="it"), training=training)
+
+
+def _given_to_a_model(training):
+    inner = _inner(layers.Dense(4), BN(name="it"))
+    middle = keras.Sequential([keras.Input((4,)), inner, layers.Dense(4)])
+    return _inner(middle, training=training)
+
+
+def _inside_of_false(training):
+    inner = _inner(layers.Dense(4), BN(name="it"), training=False)
+    return _inner(inner, training=training)
+
+
+def _once_in_training(training):
+    inner = _inner(layers.Dense(4), BN(name="it"))
+    inputs = keras.Input((4,))
+    return keras.Model(
+        inputs, [inner(inputs), inner(2.0 * inputs, training=training)]
+    )
+
+
+def _in_the_call_before(training):
+    """As Keras 3.15 has it: one `training` for all that is called."""
+    dropout = _inner(layers.Dropout(0.5, seed=1), training=training)
+    return _inner(dropout, layers.Dense(4), BN(name="it"))
+
+
+class CallsWithTraining(layers.Layer):
+    def __init__(self, training, **kwargs):
+        super().__init__(**kwargs)
+        self.inside = layers.Dropout(0.0, seed=1)
+        self.training = training
+
+    def call(self, inputs):
+        return self.inside(inputs, training=self.training)
+
+    def get_config(self):
+        return {**super().get_config(), "training": self.training}
+
+
+def _in_the_code_of_the_layer_before(training):
+    return _inner(CallsWithTraining(training), layers.Dense(4), BN(name="it"))
+
+
+def _replaced_on_the_way(training):
+    """What is folded no longer says it to those after it."""
+    inputs = keras.Input((4,))
+    x = BN(name="it")(inputs, training=training)
+    x = BN(name="gone")(layers.Dense(4)(x), training=False)
+    x = BN(name="next")(layers.Dense(4)(x))
+    return keras.Model(inputs, x)
+
+
+def _other_branch(training):
+    """Which of two branches runs first is not what it was."""
+    inputs = keras.Input((4,))
+    x = BN(name="gone")(layers.Dense(4)(inputs), training=False)
+    x = BN(name="it")(layers.Dense(4)(x), training=training)
+    y = layers.Dense(4)(layers.Dense(4)(layers.Dense(4)(inputs)))
+    return keras.Model(inputs, [x, BN(name="other")(y)])
+
+
+@pytest.mark.parametrize("training", [True, 1, np.True_, False, None])
+@pytest.mark.parametrize(
+    "made",
+    [
+        _given_to_the_layer,
+        _given_to_a_model,
+        _inside_of_false,
+        _once_in_training,
+        _in_the_call_before,
+        _in_the_code_of_the_layer_before,
+        _replaced_on_the_way,
+        _other_branch,
+    ],
+)
+def test_training_that_calls_were_made_with(made, training):
+    """Keras's own outputs, by which layer or model it was given to."""
+    if isinstance(training, np.bool_) and "code" in made.__name__:
+        training = True
+    model = models.randomize(made(training))
+    inputs = np.random.default_rng(1).normal(size=(5, 4)).astype(DTYPE)
+    folded = keras_bn.fold(model)
+    how = {x.layer.split("/")[-1]: x.how for x in folded.fold_report}
+    assert (how["it"] == "kept") == bool(training)
+    converted = keras_bn.convert(model, OURS)
+    for arguments in ({}, {"training": False}):
+        expected = keras.tree.flatten(model(inputs, **arguments))
+        for one in (folded, converted):
+            found = keras.tree.flatten(one(inputs, **arguments))
+            for a, b in zip(found, expected, strict=True):
+                # With the batch's moments errors are divided by deviations
+                # down to 0.1 here, three times in a row.
+                size = 1e3 * np.abs(frameworks.array(b)).max()
+                np.testing.assert_allclose(
+                    frameworks.array(a),
+                    frameworks.array(b),
+                    rtol=0,
+                    atol=TOLERANCE * size,
+                )
+
+
+def test_a_mask_that_is_an_argument_goes_on():
+    """What follows averages over what the mask keeps."""
+    inputs, mask = keras.Input((5, 3)), keras.Input((5,), dtype="bool")
+    pooling, dense = layers.GlobalAveragePooling1D(), layers.Dense(2)
+    generator = np.random.default_rng(1)
+    values = [
+        generator.normal(size=(4, 5, 3)).astype(DTYPE),
+        generator.random((4, 5)) < 0.5,
+    ]
+    values[1][:, 0] = True
+    for call, how in (
+        (lambda bn: bn(inputs, mask=mask), LEFT),
+        (lambda bn: bn(inputs=inputs, mask=mask), LEFT),
+        # To Keras's layers this is no mask of the outputs.
+        (lambda bn: bn(inputs, None, mask), AFTER),
+    ):
+        outputs = dense(pooling(call(BN(name="it"))))
+        model = models.randomize(keras.Model([inputs, mask], outputs))
+        folded, converted = keras_bn.fold(model), keras_bn.convert(model)
+        (one,) = folded.fold_report
+        assert one.how == how
+        assert ("called with a mask" in one.reason) == (how == LEFT)
+        # With `training` as well Keras refuses the last of these calls.
+        expected = frameworks.array(model(values))
+        for found in (folded, converted):
+            np.testing.assert_allclose(
+                frameworks.array(found(values)), expected, 1e-5, 1e-5
+            )
+        # Of another kind, a layer may take no mask.
+        keras_bn.convert(model, "group")
+
+
+def test_inputs_by_name():
+    inputs = keras.Input((4,))
+    outputs = layers.Dense(3)(BN()(inputs=inputs))
+    folded = _folded(models.randomize(keras.Model(inputs, outputs)), (4,))
+    assert [x.how for x in folded.fold_report] == [AFTER]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32"])
+@pytest.mark.parametrize("layer", [BN, OURS])
+def test_integers(dtype, layer):
+    """Normalization makes floats of them, and a convolution does not."""
+    inputs = keras.Input(IMAGE, dtype=dtype)
+    outputs = layers.Conv2D(3, 3, padding="same")(layer()(inputs))
+    model = models.randomize(keras.Model(inputs, outputs))
+    folded = keras_bn.fold(model)
+    (one,) = folded.fold_report
+    assert one.how == LEFT and f"of dtype {dtype}" in one.reason
+    values = np.random.default_rng(1).integers(0, 255, (3, *IMAGE), dtype)
+    expected = _outputs(model, values)
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(
+        _outputs(folded, values), expected, 0, 1e-5 * size
+    )
+
+
+def test_dtypes_stay():
+    """Normalization in float32 behind a layer in bfloat16."""
+    inputs = keras.Input((4,))
+    x = layers.Dense(4, dtype="mixed_bfloat16")(inputs)
+    x = BN(dtype="float32", name="inside")(x)
+    y = BN(dtype="float32", name="end")(layers.Dense(2)(keras.ops.exp(x)))
+    model = models.randomize(keras.Model(inputs, [keras.ops.square(x), y]))
+    folded = keras_bn.fold(model)
+    assert [x.how for x in folded.fold_report] == [BEFORE, BEFORE]
+    assert [x.dtype for x in folded.outputs] == [x.dtype for x in model.outputs]
+    assert folded.output_names == model.output_names
+
+
 @pytest.mark.parametrize("layer", ["keras", "keras_bn"])
 def test_the_articles_network(layer):
     """After ReLU, then pooling and a 'same' convolution, or the dense layer."""
@@ -402,12 +671,12 @@ def test_the_articles_network(layer):
     model = article_models.build(condition, layer=layer)
     folded = _folded(models.randomize(model, "positive"), (32, 32, 3))
     assert [(x.how, x.into) for x in folded.fold_report] == [
-        (AFTER, ("conv1", "conv2")),
-        (AFTER, ("conv2", "dense")),
-        (AFTER, ("dense", "logits")),
+        (BOTH, ("conv1", "conv2")),
+        (BOTH, ("conv2", "dense")),
+        (BOTH, ("dense", "logits")),
     ]
     folded = _folded(models.randomize(model), (32, 32, 3))
-    assert [x.how for x in folded.fold_report] == [LEFT, LEFT, AFTER]
+    assert [x.how for x in folded.fold_report] == [LEFT, LEFT, BOTH]
 
 
 @pytest.mark.parametrize(
@@ -424,7 +693,7 @@ def test_scales_pass_a_relu(between):
     parts = [layers.Conv2D(4, 3), *between(), BN(), layers.Dense(3)]
     folded, hows = _fold(IMAGE, parts, "some zero")
     (one,) = folded.fold_report
-    assert hows == [AFTER]
+    assert hows == [BOTH]
     assert [name.split("_")[0] for name in one.into] == ["conv2d", "dense"]
 
 
@@ -496,7 +765,7 @@ def _check_application(name, dtype):
         assert difference < 1e-3 * deviation
     hows = [one.how for one in folded.fold_report]
     assert hows.count(BEFORE) == FOLDED_BEFORE[name]
-    assert set(hows) <= {BEFORE, AFTER, LEFT}
+    assert set(hows) <= {BEFORE, AFTER, BOTH, LEFT}
     assert (len(hows) == FOLDED_BEFORE[name]) == (name != "DenseNet121")
 
 
