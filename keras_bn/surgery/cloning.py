@@ -107,7 +107,10 @@ class ModelCloner:
             for new in self._operations_for(layer)
         ]
         with self._refusal_of("call the layers of", model):
-            return kind(layers, name=model.name)
+            new = kind(layers, name=model.name)
+            if not is_graph(new):
+                raise ValueError("the shape of a layer's outputs is unknown")
+            return new
 
     def _functional(self, model):
         kind = type(model)

@@ -1,5 +1,6 @@
 """Replaces the batch normalization in a model by another layer."""
 
+import inspect
 import os
 import warnings
 
@@ -54,7 +55,8 @@ def convert(model, to=BatchNormalization):
             `LayerNormalization` over the channels, or `GroupNormalization`
             with a group for each channel, all of which keep gamma, beta and
             epsilon; or a function from a batch-normalization layer to a new
-            layer, which gets the weights that have the same names.
+            layer with outputs of the same shape, which gets `trainable` and
+            the weights that have the same names.
 
     Returns:
         `keras.Model` with weights of its own, names and graph as before,
@@ -66,7 +68,8 @@ def convert(model, to=BatchNormalization):
             subclassed; a layer cannot be cloned or makes batch normalization
             in its own code; moving statistics that would be kept are not
             finite; Keras's layer cannot do in inference what ours does; `to`
-            is none of the above.
+            is none of the above, or returns what is no new layer or does not
+            fit there. What `to` itself raises is not caught.
 
     Warns:
         UserWarning: options of ours that act in training are lost in Keras's
@@ -96,17 +99,26 @@ def convert(model, to=BatchNormalization):
         keep_class=True,
         rewrite=lambda config: _rewritten(config, to, make),
     )
-    new = cloner.clone(model)
+    try:
+        new = cloner.clone(model)
+    finally:
+        # Where Keras raises something, it may be because of this.
+        for layer in layers:
+            if id(layer) in replaced:
+                _check_shapes(layer, replaced[id(layer)])
     for layer in layers:
         if id(layer) in replaced:
             copy_weights(layer, replaced[id(layer)])
-    for old, clone in cloner.clones:
-        _copy_with_parts(old, clone, old, to)
+    parts = [
+        pair
+        for old, clone in cloner.clones
+        for pair in _copy_with_parts(old, clone, old, to)
+    ]
     if to is keras.layers.BatchNormalization:
         _warn_of_lost(wanted)
     pairs = [
         *cloner.models,
-        *cloner.clones,
+        *parts,
         *((x, replaced[id(x)]) for x in layers if id(x) in replaced),
     ]
     copy_trainable(model, new, pairs)
@@ -134,23 +146,77 @@ def _maker(to):
         return to_ours
     if to is keras.layers.BatchNormalization:
         return to_keras
-    if isinstance(to, (str, type)) or not callable(to):
+    if not _is_function_of_a_layer(to):
         raise ValueError(
             "`to` must be keras_bn.BatchNormalization, "
             "keras.layers.BatchNormalization, 'group', 'layer', 'instance' or "
-            f"a function of a layer. Received: to={to!r}."
+            f"a function of a layer. Received: to={to!r}.{_advice(to)}"
         )
+    made = []
 
     def made_by_function(layer):
-        made = to(layer)
-        if not isinstance(made, keras.layers.Layer) or made is layer:
+        new = to(layer)
+        if not isinstance(new, keras.layers.Layer):
             raise ValueError(
                 "`to` must return a new layer. Received: "
-                f"{made!r} for layer {layer.name!r}."
+                f"{new!r} for layer {layer.name!r}."
             )
-        return made
+        if new._inbound_nodes or any(new is one for one in (layer, *made)):
+            raise ValueError(
+                "`to` must return a new layer each time. Received: "
+                f"{new!r} for layer {layer.name!r}, which is in use already."
+            )
+        made.append(new)
+        return new
 
     return made_by_function
+
+
+def _is_function_of_a_layer(to):
+    if isinstance(to, (str, type, keras.layers.Layer)) or not callable(to):
+        return False
+    try:
+        inspect.signature(to).bind("layer")
+    except TypeError:
+        return False
+    except ValueError:
+        # Some that are written in C do not show what they take.
+        return True
+    return True
+
+
+def _advice(to):
+    kind = to if isinstance(to, type) else type(to)
+    if not issubclass(kind, keras.layers.Layer):
+        return ""
+    name = kind.__name__
+    if kind is BatchNormalization:
+        name = f"keras_bn.{name}"
+    elif kind.__module__.startswith("keras.src.layers."):
+        name = f"keras.layers.{name}"
+    return (
+        f" Each place gets a layer of its own: `to=lambda layer: {name}(...)`."
+    )
+
+
+def _check_shapes(layer, new):
+    """Raises ValueError for a layer whose outputs are not as its inputs."""
+    for node in new._inbound_nodes:
+        inputs, *_ = node.input_tensors
+        found = [tuple(x.shape) for x in node.outputs]
+        if len(found) != 1 or not _same_shape(found[0], inputs.shape):
+            raise ValueError(
+                "`to` must return a layer with outputs of the shape of its "
+                f"inputs. Received: {new!r} for layer {layer.name!r}, with "
+                f"outputs of shape {', '.join(map(str, found))} for inputs of "
+                f"shape {inputs.shape}."
+            )
+
+
+def _same_shape(one, other):
+    return len(one) == len(other) and all(
+        None in (a, b) or a == b for a, b in zip(one, other)
+    )
 
 
 def _is_wanted(layer, to):
@@ -187,7 +253,11 @@ def _rewritten(config, to, make):
 
 
 def _copy_with_parts(old, new, owner, to):
-    """Copies the weights of a layer and its parts, some of them replaced."""
+    """Copies the weights of a layer and its parts, some of them replaced.
+
+    Returns:
+        List of pairs: the layer and its parts with those of the new layer.
+    """
     if isinstance(old, BATCH_NORMALIZATIONS) and _is_wanted(old, to):
         if type(new) is type(old):
             raise ValueError(
@@ -197,10 +267,12 @@ def _copy_with_parts(old, new, owner, to):
                 "class, or have its config hold that layer."
             )
         copy_weights(old, new)
-        return
+        return [(old, new)]
     copy_own_state(old, new)
+    pairs = [(old, new)]
     for part, clone in zip(old._layers, new._layers, strict=True):
-        _copy_with_parts(part, clone, owner, to)
+        pairs += _copy_with_parts(part, clone, owner, to)
+    return pairs
 
 
 def _warn_of_lost(layers):

@@ -313,6 +313,87 @@ def test_a_function():
                 )
 
 
+class Stack(layers.Layer):
+    """A custom layer whose config holds its parts in a list."""
+
+    def __init__(self, parts, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = [
+            keras.saving.deserialize_keras_object(x)
+            if isinstance(x, dict)
+            else x
+            for x in parts
+        ]
+
+    def build(self, input_shape):
+        for part in self.parts:
+            part.build(input_shape)
+
+    def call(self, inputs):
+        for part in self.parts:
+            inputs = part(inputs)
+        return inputs
+
+    def get_config(self):
+        parts = [keras.saving.serialize_keras_object(x) for x in self.parts]
+        return {**super().get_config(), "parts": parts}
+
+
+@pytest.mark.parametrize("there, here", [(KERAS, OURS), (OURS, KERAS)])
+def test_lists_in_a_config(there, here):
+    stack = Stack([there(epsilon=1e-2), layers.ReLU(), there(scale=False)])
+    model = models.randomize(_sequential(stack))
+    converted = keras_bn.convert(model, here)
+    (new,) = converted.layers
+    assert [type(x) for x in new.parts] == [here, layers.ReLU, here]
+    inputs = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
+    _assert_within_ulp(
+        8, _outputs(converted, inputs), _outputs(model, inputs)
+    )
+
+
+def _function(layer):
+    """Sets nothing of what the layer was."""
+    return layers.GroupNormalization(1, name=layer.name)
+
+
+@pytest.mark.parametrize("to", [OURS, "layer", _function])
+def test_what_is_trainable(to):
+    """Of layers, of models as wholes, of one in a frozen model, of parts."""
+    inner = keras.Sequential(
+        [keras.Input((3,)), layers.Dense(3), KERAS(name="in"), KERAS()],
+        name="inner",
+    )
+    inputs = keras.Input((3,))
+    x = KERAS(name="frozen")(layers.Dense(3, name="dense")(inputs))
+    block = Block(KERAS(name="part"), name="block")
+    x = KERAS(name="trained")(block(inner(x)))
+    model = keras.Model(inputs, x)
+    model.get_layer("dense").trainable = False
+    model.get_layer("frozen").trainable = False
+    inner.trainable = False
+    inner.get_layer("in").trainable = True
+    block.normalization.trainable = False
+    converted = keras_bn.convert(model, to)
+    expected, found = (
+        {
+            x.name: x.trainable
+            for x in one._flatten_layers()
+            if not isinstance(x, layers.InputLayer)
+        }
+        for one in (model, converted)
+    )
+    assert found == expected
+    assert [name for name, flag in found.items() if flag] == [
+        name
+        for name in found
+        if name in (model.name, "in", "block", "trained")
+    ]
+    # A model that is frozen as a whole.
+    model.trainable = False
+    assert not keras_bn.convert(model, to).trainable_variables
+
+
 def test_options_that_keras_lacks():
     model = keras.Sequential(
         [
@@ -375,7 +456,73 @@ def _sequential(*parts):
     return keras.Sequential([keras.Input((3,)), *parts])
 
 
+class TwoOutputs(layers.Layer):
+    def call(self, inputs):
+        return inputs, inputs
+
+
+class TwoInputs(layers.Layer):
+    def call(self, inputs, others):
+        return inputs
+
+
+_ONE = layers.LayerNormalization()
+_ADVICE = (
+    "Each place gets a layer of its own: "
+    "`to=lambda layer: keras.layers.LayerNormalization(...)`."
+)
+
+
+@pytest.mark.parametrize("graph", ["sequential", "functional"])
+@pytest.mark.parametrize(
+    "to, message",
+    [
+        (layers.LayerNormalization(), _ADVICE),
+        (layers.LayerNormalization, _ADVICE),
+        (OURS(), "`to=lambda layer: keras_bn.BatchNormalization(...)`."),
+        (int, "Received: to=<class 'int'>."),
+        (None, "Received: to=None."),
+        ("grup", "'group', 'layer', 'instance' or a function of a layer."),
+        (lambda: layers.LayerNormalization(), "a function of a layer."),
+        (lambda layer: None, "must return a new layer. Received: None"),
+        (lambda layer: layers.LayerNormalization, "must return a new layer."),
+        (lambda layer: _ONE, "which is in use already."),
+        (lambda layer: layers.Dense(7), "outputs of shape (None, 7)"),
+        (lambda layer: layers.Flatten(), None),
+        (lambda layer: layers.Reshape((2, 2)), "shape (None, 2, 2)"),
+        (lambda layer: TwoOutputs(), "of shape (None, 4), (None, 4)"),
+        (lambda layer: TwoInputs(), "cannot call"),
+        (lambda layer: layers.ReLU(name="same"), "'same"),
+    ],
+)
+def test_what_takes_no_place_of_a_layer(graph, to, message):
+    inputs = keras.Input((4,))
+    first, second = KERAS(name="first"), KERAS(name="second")
+    if graph == "sequential":
+        model = keras.Sequential([inputs, first, layers.ReLU(), second])
+    else:
+        x = layers.Add()([inputs, first(inputs)])
+        model = keras.Model(inputs, second(x))
+    if message is None:
+        keras_bn.convert(model, to)
+        return
+    with pytest.raises(ValueError) as error:
+        keras_bn.convert(model, to)
+    text = str(error.value).replace('"same"', "'same'")
+    assert message in text and "\n" not in text
+
+
+def test_what_a_function_raises_is_its_own():
+    def wrong(layer):
+        raise KeyError(layer.name)
+
+    with pytest.raises(KeyError, match="batch_normalization"):
+        keras_bn.convert(_sequential(KERAS()), wrong)
+
+
 def test_bad_input():
+    nested = keras.Sequential([layers.Add(), KERAS()])
+    nested([np.ones((2, 3), "float32")] * 2)
     own = OwnCall()
     own(np.ones((2, 3), "float32"))
     sick = _sequential(KERAS())
@@ -384,6 +531,7 @@ def test_bad_input():
     batch = _sequential(OURS(use_moving_statistics=False))
     for model, to, message in (
         (own, OURS, "whose `call` is its own"),
+        (nested, OURS, "was called with several"),
         (OwnConstructor(3), OURS, "keeps a model's class"),
         (_sequential(NoConfig(3), KERAS()), OURS, "cannot clone a layer"),
         (_sequential(MakesItself()), OURS, "in its own code"),
@@ -394,14 +542,11 @@ def test_bad_input():
         (batch, KERAS, "use_moving_statistics=False"),
         (_sequential(layers.Dense(3)), OURS, "found no batch normalization"),
         (keras.Sequential([KERAS()]), OURS, "that is built"),
-        (_sequential(KERAS()), "batch", "Received: to='batch'"),
-        (_sequential(KERAS()), layers.Dense, "`to` must be"),
-        (_sequential(KERAS()), lambda layer: None, "return a new layer"),
         (_sequential(KERAS()), lambda layer: layer, "return a new layer"),
         (
             _sequential(KERAS()),
             lambda layer: layers.LayerNormalization(axis=[0, 1]),
-            "",
+            "cannot call",
         ),
         (None, OURS, "takes a keras.Model"),
     ):
