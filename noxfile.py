@@ -14,7 +14,6 @@ VERSIONS = ("--constraint", ".ci/constraints.txt")
 # their environments name the rest of the `experiments` extra.
 PROGRAMS = [
     "array-record",
-    "filelock",
     "importlib-resources",
     "matplotlib",
     "pillow",

@@ -8,63 +8,20 @@ and renamed when every byte is on the disk.
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import uuid
 from pathlib import Path
 
-# TensorFlow Serving keeps a version in 64 bits.
-LARGEST_VERSION = 2**63 - 1
+import filelock
+
+from keras_bn_checks import check_destination
+from keras_bn_checks import versions_in
+
 _UNFINISHED = ".unfinished-"
-
-
-def check_destination(directory, version):
-    """Finds out whether `publish` may publish there, and changes nothing.
-
-    Args:
-        directory: Path of the model, above its versions.
-        version: Int of at least 1, or None.
-
-    Raises:
-        ValueError: `version` is no number of a version or is there already;
-            or `directory` is a file, or a directory with something in it but
-            no versions, which belongs to something else.
-    """
-    if version is not None and not (
-        isinstance(version, int)
-        and not isinstance(version, bool)
-        and 1 <= version <= LARGEST_VERSION
-    ):
-        raise ValueError(
-            "`version` must be an integer from 1 to 2 ** 63 - 1, or None for "
-            f"the next one. Received: version={version!r}."
-        )
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(
-            "`directory` must be a directory, or new. "
-            f"Received: directory={str(directory)!r}, a file."
-        )
-    versions = _versions(directory)
-    others = [n for n in _names(directory) if not n.startswith(".")]
-    if others and not versions:
-        raise ValueError(
-            "`directory` holds something else than numbered versions of a "
-            f"model: {sorted(others)[:3]}. Received: "
-            f"directory={str(directory)!r}. Name a new or an empty one."
-        )
-    if version in versions:
-        raise ValueError(
-            "`version` is published already, and versions are never changed. "
-            f"Received: version={version}, with {sorted(versions)[-5:]} in "
-            f"{str(directory)!r}. Leave it out for the next free number."
-        )
-    if version is None and LARGEST_VERSION in versions:
-        raise ValueError(
-            f"There is no version after {LARGEST_VERSION}. "
-            f"Received: directory={str(directory)!r}. Name a new directory."
-        )
+_LOCK = ".lock"
+# Windows flushes what is open for writing alone.
+_FOR_FLUSHING = os.O_RDWR if os.name == "nt" else os.O_RDONLY
 
 
 def publish(directory, version, fill):
@@ -72,7 +29,8 @@ def publish(directory, version, fill):
 
     Whatever fails before the rename, a full disk or a kill included, leaves
     the published versions as they are and no new one. A killed process leaves
-    a hidden folder behind, which the next call removes.
+    a hidden folder and the file that it had locked, which the next call
+    removes.
 
     Args:
         directory: Path of the model; made where it is missing.
@@ -94,36 +52,26 @@ def publish(directory, version, fill):
     try:
         _remove_unfinished(directory)
         unfinished = directory / f"{_UNFINISHED}{uuid.uuid4().hex}"
-        # Not a private folder as `tempfile` makes: the server is another user.
-        unfinished.mkdir()
-        # Tells the next call that this one is still at it.
-        held = os.open(unfinished, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fill(unfinished)
-            _flush(unfinished)
-            published = _rename(unfinished, directory, version)
-            _flush_one(directory)
-            return published
-        finally:
-            os.close(held)
-            shutil.rmtree(unfinished, ignore_errors=True)
+        # Before the folder is there: it is never without the lock that tells
+        # others that this call is still at it.
+        with _locked(unfinished, wait=True):
+            try:
+                # Not a private folder as `tempfile` makes: the server is
+                # another user.
+                unfinished.mkdir()
+                fill(unfinished)
+                _flush(unfinished)
+                published = _rename(unfinished, directory, version)
+                _flush_one(directory)
+                return published
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     except BaseException:
         for folder in made:
             # Unless somebody else has put something in it.
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-
-
-def _names(directory):
-    return os.listdir(directory) if directory.is_dir() else []
-
-
-def _versions(directory):
-    names = _names(directory)
-    return {int(n) for n in names if n.isascii() and n.isdigit()}
 
 
 def _make_directories(directory):
@@ -139,23 +87,58 @@ def _make_directories(directory):
 
 
 def _remove_unfinished(directory):
-    for folder in directory.glob(f"{_UNFINISHED}*"):
-        with contextlib.suppress(OSError):
-            if not os.listdir(folder):
-                # Just made by a process that has not locked it yet.
-                continue
-            held = os.open(folder, os.O_RDONLY)
-            try:
-                # Fails where its process is alive.
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-            finally:
-                os.close(held)
+    """Removes what killed processes left; others hold their locks."""
+    found = [n for n in os.listdir(directory) if n.startswith(_UNFINISHED)]
+    for name in {n.removesuffix(_LOCK) for n in found}:
+        folder = directory / name
+        with contextlib.suppress(OSError), _locked(folder, wait=False):
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder, wait):
+    """Holds the lock of an unfinished version, whose file goes with it.
+
+    The system gives it back when the process ends, however it does.
+
+    Raises:
+        OSError: The lock cannot be had. With `wait` another process has it
+            for a moment alone, and a disk without locks needs none: nobody
+            removes anything there.
+    """
+    # A soft lock would outlive a killed process.
+    lock = filelock.FileLock(
+        f"{folder}{_LOCK}", blocking=wait, fallback_to_soft=False
+    )
+    try:
+        lock.acquire()
+    except OSError:
+        if not wait:
+            raise
+    try:
+        yield
+    finally:
+        # While it is held: who waits for it sees that it is gone.
+        removed = _removed(lock.lock_file)
+        lock.release()
+        if not removed:
+            # Windows removes no file that is open, by whatever process.
+            _removed(lock.lock_file)
+
+
+def _removed(path):
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return False
+    return True
 
 
 def _rename(unfinished, directory, version):
     while True:
-        number = version or max(_versions(directory), default=0) + 1
+        number = version or max(versions_in(directory), default=0) + 1
         try:
             # Never replaces a version, which is a folder with something in it.
             os.rename(unfinished, directory / str(number))
@@ -181,7 +164,13 @@ def _flush(folder):
 
 
 def _flush_one(path):
-    opened = os.open(path, os.O_RDONLY)
+    try:
+        opened = os.open(path, _FOR_FLUSHING)
+    except PermissionError:
+        if os.path.isdir(path):
+            # Windows opens no folders; it keeps their names by itself.
+            return
+        raise
     try:
         os.fsync(opened)
     finally:

@@ -2,16 +2,18 @@
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 import threading
 
+import filelock
 import pytest
 
 from keras_bn.serving import publishing
-from keras_bn.serving.publishing import check_destination
 from keras_bn.serving.publishing import publish
+from keras_bn_checks import LARGEST_VERSION
+from keras_bn_checks import check_destination
+from tests import without_posix
 
 
 def _fill(folder):
@@ -99,40 +101,152 @@ def test_a_disk_that_does_not_take_the_bytes(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["1"]
 
 
+# The package's parents are empty: their import is that of Keras.
 _KILLED = """
-import sys, time
-from keras_bn.serving.publishing import publish
+import importlib.util, pathlib, sys, types
+
+package = types.ModuleType("keras_bn")
+spec = importlib.util.find_spec("keras_bn")
+package.__path__ = spec.submodule_search_locations
+sys.modules["keras_bn"] = package
+from keras_bn.serving import publishing
+
+directory, point = sys.argv[1:]
+
+def stop(*_, **__):
+    print("there", flush=True)
+    sys.stdin.read()
 
 def fill(folder):
+    if point == "empty":
+        stop()
     (folder / "model").write_text("half")
-    print("filling", flush=True)
-    time.sleep(600)
+    if point == "filling":
+        stop()
 
-publish(sys.argv[1], None, fill)
+def mkdir(path, *arguments, **options):
+    if path.name.startswith(".unfinished"):
+        stop()
+
+def rename(*arguments):
+    real(*arguments)
+    stop()
+
+if point == "locked":
+    pathlib.Path.mkdir = mkdir
+if point == "flushing":
+    publishing._flush = stop
+if point == "removing":
+    publishing.shutil.rmtree = stop
+if point == "renamed":
+    real, publishing._rename = publishing._rename, rename
+publishing.publish(directory, None, fill)
 """
 
 
-def test_a_kill_in_the_middle(tmp_path):
+@pytest.mark.parametrize(
+    "point", ["removing", "locked", "empty", "filling", "flushing", "renamed"]
+)
+def test_a_kill(point, tmp_path):
     publish(tmp_path, None, _fill)
+    if point == "removing":
+        (tmp_path / ".unfinished-0").mkdir()
     before = _tree(tmp_path)
     child = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, tmp_path],
+        [sys.executable, "-c", _KILLED, tmp_path, point],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     try:
-        assert child.stdout.readline() == b"filling\n"
+        assert child.stdout.readline() == b"there\n"
+        left = sorted(_hidden(tmp_path))
+        assert left
         # While it is at it, another one publishes and leaves it alone.
-        assert publish(tmp_path, None, _fill) == tmp_path / "2"
-        assert len(_hidden(tmp_path)) == 1
+        number = 3 if point == "renamed" else 2
+        assert publish(tmp_path, None, _fill) == tmp_path / str(number)
+        assert sorted(_hidden(tmp_path)) == left
     finally:
-        child.send_signal(signal.SIGKILL)
+        child.kill()
         child.communicate()
-    assert _tree(tmp_path / "2") == _tree(tmp_path / "1")
-    assert {n: b for n, b in _tree(tmp_path).items() if n[0] == "1"} == before
-    assert len(_hidden(tmp_path)) == 1
-    assert publish(tmp_path, None, _fill) == tmp_path / "3"
+    assert _tree(tmp_path / str(number)) == _tree(tmp_path / "1")
+    assert before.items() <= _tree(tmp_path).items()
+    # Of the killed one all is seen, or nothing.
+    half = (tmp_path / "2" / "model").read_text() == "half"
+    assert half == (point == "renamed")
+    assert sorted(_hidden(tmp_path)) == left
+    assert publish(tmp_path, None, _fill) == tmp_path / str(number + 1)
     assert not _hidden(tmp_path)
+
+
+def test_a_lock_is_not_split(tmp_path, monkeypatch):
+    """Who gets the lock when it is released has the only one.
+
+    Its file is removed while it is held: removed later, it would be that of
+    the next holder.
+    """
+    real, next_ones = filelock.FileLock, []
+
+    class Watched:
+        def __init__(self, lock_file, **options):
+            self.lock_file = lock_file
+            self._lock = real(lock_file, **options)
+
+        def acquire(self):
+            self._lock.acquire()
+
+        def release(self):
+            self._lock.release()
+            next_ones.append(real(self.lock_file, blocking=False))
+            next_ones[0].acquire()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filelock, "FileLock", Watched)
+        publish(tmp_path, None, _fill)
+    (held,) = next_ones
+    with pytest.raises(filelock.Timeout):
+        real(held.lock_file, blocking=False).acquire()
+    held.release()
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    class Failing:
+        def __init__(self, lock_file, **options):
+            self.lock_file = lock_file
+
+        def acquire(self):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        def release(self):
+            pass
+
+    monkeypatch.setattr(filelock, "FileLock", Failing)
+    assert publish(tmp_path, None, _fill) == tmp_path / "1"
+    # Whether its process is alive cannot be told.
+    (tmp_path / ".unfinished-0").mkdir()
+    assert publish(tmp_path, None, _fill) == tmp_path / "2"
+    assert _hidden(tmp_path) == [".unfinished-0"]
+
+
+def test_where_posix_is_not(tmp_path):
+    """As on Windows, where no folder is flushed and no open file removed."""
+    without_posix.run(
+        """
+        import os, sys
+        from keras_bn.serving.publishing import publish
+
+        def fill(folder):
+            (folder / "assets").mkdir()
+            (folder / "assets" / "labels").write_text("cat")
+
+        (directory,) = sys.argv[1:]
+        os.mkdir(os.path.join(directory, ".unfinished-0"))
+        assert publish(directory, None, fill).name == "1"
+        assert publish(directory, None, fill).name == "2"
+        assert sorted(os.listdir(directory)) == ["1", "2"]
+        """,
+        tmp_path,
+    )
 
 
 def test_several_publish_at_once(tmp_path):
@@ -198,7 +312,7 @@ def test_destinations_that_are_none(tmp_path):
     publish(tmp_path / "model", 2, _fill)
     refused(tmp_path / "model" / "2", None, "something else")
     refused(tmp_path / "model", 2, "published already")
-    last = publishing.LARGEST_VERSION
+    last = LARGEST_VERSION
     publish(tmp_path / "model", last, _fill)
     refused(tmp_path / "model", None, "no version after")
     assert sorted(os.listdir(tmp_path / "model")) == ["2", str(last)]
