@@ -1,7 +1,6 @@
 """Batch normalization for Keras 3."""
 
-import keras
-
+from keras_bn import backends  # the first, as it says what is missing
 from keras_bn.diagnostics.audit import audit
 from keras_bn.diagnostics.monitor import StatisticsMonitor
 from keras_bn.diagnostics.recalibrate import recalibrate
@@ -16,7 +15,7 @@ from keras_bn.surgery.freeze import freeze
 from keras_bn.surgery.freeze import reset_statistics
 from keras_bn.surgery.freeze import thaw
 
-if keras.backend.backend() == "torch":
+if backends.NAME == "torch":
     from keras_bn import torch_module  # noqa: F401
 
 __all__ = [

@@ -64,19 +64,13 @@ elif keras.backend.backend() == "jax":
     from keras_bn.kernels.jax import normalize_ghost_batches
     from keras_bn.kernels.jax import normalize_with
     from keras_bn.kernels.jax.replicas import find_replicas
-elif keras.backend.backend() == "torch":
+else:
     from keras_bn.kernels.torch import batch_moments
     from keras_bn.kernels.torch import normalize_batch
     from keras_bn.kernels.torch import normalize_ghost_batches
     from keras_bn.kernels.torch import normalize_with
     from keras_bn.kernels.torch.checkpointing import is_recomputation
     from keras_bn.kernels.torch.replicas import find_replicas
-else:
-    raise ImportError(
-        "keras_bn runs on the Keras backends tensorflow, jax and torch. "
-        f"Received: {keras.backend.backend()!r}. Set KERAS_BACKEND to one of "
-        "the three before Keras is imported."
-    )
 
 __all__ = [
     "batch_moments",

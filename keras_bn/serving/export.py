@@ -1,14 +1,13 @@
 """`export_saved_model`: from a trained model to a version that servers load."""
 
-import importlib.util
 import os
-import sys
 import typing
 import warnings
 from pathlib import Path
 
 import keras
 
+from keras_bn.backends import is_installed
 from keras_bn.model_layers import BATCH_NORMALIZATIONS
 from keras_bn.serving import rebuild
 from keras_bn.serving.errors import ExportError
@@ -18,9 +17,9 @@ from keras_bn.serving.interface import check_model
 from keras_bn.serving.interface import interface_of
 from keras_bn.serving.interface import random_batch
 from keras_bn.serving.preprocessing import preprocessing_model
-from keras_bn.serving.publishing import check_destination
 from keras_bn.serving.publishing import publish
 from keras_bn.serving.verification import verify
+from keras_bn_checks import check_destination
 
 
 class Export(typing.NamedTuple):
@@ -193,7 +192,7 @@ def _writer():
 
 
 def _check_tensorflow():
-    if not _is_installed("tensorflow"):
+    if not is_installed("tensorflow"):
         raise ImportError(
             "`export_saved_model` needs TensorFlow, on every backend; it "
             "writes the SavedModel and checks it. Install it beside "
@@ -205,7 +204,7 @@ def _requests(warmup, batch):
     """The samples of warm-up requests, or None."""
     if warmup is False:
         return None
-    if _is_installed("tensorflow_serving"):
+    if is_installed("tensorflow_serving"):
         return batch if warmup is None else warmup
     if warmup is not None:
         raise ImportError(
@@ -218,11 +217,3 @@ def _requests(warmup, batch):
         stacklevel=4,
     )
     return None
-
-
-def _is_installed(module):
-    # None stands there for a module that may not be imported.
-    return (
-        sys.modules.get(module, module) is not None
-        and importlib.util.find_spec(module) is not None
-    )
