@@ -2,9 +2,10 @@
 
 Keras has one backend in a process. So the model goes through a `.keras` file
 into a process of its own, on TensorFlow, which writes it from there: the same
-graph whatever the model was trained on. Run as a module it is that process.
+graph whatever the model was trained on. Run by its path it is that process.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -32,6 +33,7 @@ def write(folder, model, preprocessing, interface, warmup, name):
         ExportError: The model cannot be saved or loaded, a custom layer is not
             known there, or it cannot be written.
     """
+    # A folder that nobody else can write to.
     with tempfile.TemporaryDirectory() as files:
         models = [model]
         _save(model, os.path.join(files, _MODEL))
@@ -40,17 +42,20 @@ def write(folder, model, preprocessing, interface, warmup, name):
             _save(preprocessing, os.path.join(files, _PREPROCESSING))
         if warmup is not None:
             np.savez(os.path.join(files, _WARMUP), *warmup)
+        modules = _modules_of(models)
         child_process.run(
             "Rebuilding the model on TensorFlow",
-            ["-m", __name__],
+            __file__,
             {
                 "files": files,
+                "digests": {x: _digest(files, x) for x in os.listdir(files)},
                 "folder": str(folder),
                 "class_names": interface.class_names,
                 "name": name,
-                "modules": _modules_of(models),
+                "modules": modules,
             },
             {"KERAS_BACKEND": "tensorflow"},
+            ["keras", "keras_bn", "keras_bn_checks", "numpy", *modules],
         )
 
 
@@ -63,6 +68,11 @@ def _save(model, path):
             f"{model!r} cannot be saved as a .keras file, by which it gets "
             f"to TensorFlow: {one_line(error)}. Nothing was published."
         ) from error
+
+
+def _digest(folder, name):
+    with open(os.path.join(folder, name), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _modules_of(models):
@@ -85,6 +95,10 @@ def main():
 
     request = json.load(sys.stdin)
     files = request["files"]
+    for name, digest in request["digests"].items():
+        if _digest(files, name) != digest:
+            # They may hold code, and are loaded as files of one's own.
+            raise ValueError(f"{name} was changed by another process")
     for module in request["modules"]:
         try:
             importlib.import_module(module)
@@ -92,16 +106,13 @@ def main():
             # Loading says which class is missing.
             pass
     model = _load(os.path.join(files, _MODEL))
-    preprocessing = os.path.join(files, _PREPROCESSING)
-    preprocessing = (
-        _load(preprocessing) if os.path.exists(preprocessing) else None
-    )
-    warmup = os.path.join(files, _WARMUP)
-    if os.path.exists(warmup):
-        with np.load(warmup) as arrays:
+    preprocessing = None
+    if _PREPROCESSING in request["digests"]:
+        preprocessing = _load(os.path.join(files, _PREPROCESSING))
+    warmup = None
+    if _WARMUP in request["digests"]:
+        with np.load(os.path.join(files, _WARMUP)) as arrays:
             warmup = [arrays[f"arr_{i}"] for i in range(len(arrays.files))]
-    else:
-        warmup = None
     saved_model.write(
         request["folder"],
         model,

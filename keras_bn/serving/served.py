@@ -106,7 +106,7 @@ def _ask(run, paths, arrays, calls):
     with tempfile.TemporaryDirectory() as files:
         request = {
             "run": run,
-            "paths": [str(path) for path in paths],
+            "paths": [os.path.abspath(path) for path in paths],
             "arrays": os.path.join(files, "arrays.npz"),
             "found": os.path.join(files, "found.npz"),
             "calls": calls,
@@ -114,10 +114,10 @@ def _ask(run, paths, arrays, calls):
         np.savez(request["arrays"], **arrays)
         child_process.run(
             "Running the export with TensorFlow alone",
-            # Without -P its folder would be searched for modules first.
-            ["-P", str(_PROGRAM)],
+            _PROGRAM,
             request,
             {},
+            ["numpy"],
         )
         with np.load(request["found"]) as found:
             return dict(found)
