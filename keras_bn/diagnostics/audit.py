@@ -9,6 +9,8 @@ from keras_bn.diagnostics.audit_report import AuditReport
 from keras_bn.diagnostics.batches import BATCH_SIZE
 from keras_bn.diagnostics.batches import Batches
 from keras_bn.diagnostics.initial_values import was_trained
+from keras_bn.diagnostics.recalibrate import recalibrated_by
+from keras_bn.diagnostics.recalibrate import was_refused
 from keras_bn.model_layers import built_batch_normalizations
 
 
@@ -75,9 +77,10 @@ def audit(
             batch_size,
             shuffled=True,
             at_least=thresholds.SAMPLES,
+            verbose=verbose,
         )
         on_data = data_checks.look_at(
-            model, layers, batches, labels is not None, verbose
+            model, layers, batches, labels is not None
         )
     findings = []
     trained = was_trained(model, layers)
@@ -91,22 +94,57 @@ def audit(
         on_data.output_gap if on_data else None,
         on_data.scores if on_data else None,
         on_data.samples if on_data else 0,
+        all(recalibrated_by(x) for x in layers),
     )
 
 
 def _findings(model, layers, on_data):
     certain = weight_checks.certain(model, layers)
     likely = weight_checks.likely(model, layers)
-    if on_data is None:
-        return certain + likely
-    # What asked for labelled data has it now.
-    cause, remedy = data_checks.cause_and_remedy(on_data)
-    certain = [
-        dataclasses.replace(one, cause=cause, remedy=remedy)
-        if one.remedy == weight_checks.ASK
-        else one
-        for one in certain
+    of_data = []
+    if on_data is not None:
+        cause, remedy = data_checks.cause_and_remedy(on_data)
+        # What asked for labelled data has it now.
+        certain = [
+            dataclasses.replace(one, cause=cause, remedy=remedy)
+            if one.remedy == weight_checks.ASK
+            else one
+            for one in certain
+        ]
+        # Data says whether these matter, and what helps.
+        likely = [
+            dataclasses.replace(one, remedy=remedy)
+            if one.remedy == weight_checks.RECALIBRATE
+            else one
+            for one in likely
+            if on_data.better is not None
+        ]
+        of_data = data_checks.findings_of(on_data)
+    left = {x.name for x in layers if recalibrated_by(x)}
+    refused = was_refused(model, layers)
+    return of_data + [
+        _not_what_was_tried(one, one.layer in left, refused)
+        for one in certain + likely
     ]
-    if on_data.better is None:
-        return certain
-    return data_checks.findings_of(on_data) + certain + likely
+
+
+def _not_what_was_tried(finding, left, refused):
+    """The finding, without a call that would do nothing.
+
+    Args:
+        finding: `Finding` of the weights alone.
+        left: Whether `recalibrate` left the layer as it is.
+        refused: Whether it refused the model as it is.
+    """
+    if not finding.remedy.startswith("keras_bn.recalibrate("):
+        return finding
+    if left:
+        return dataclasses.replace(
+            finding,
+            cause="The data that recalibrated the model does not reach the "
+            "layer.",
+            remedy="model.summary()  # does anything call the layer?",
+        )
+    if refused and "force=True" not in finding.remedy:
+        return dataclasses.replace(finding, remedy=data_checks.TRAIN_AGAIN)
+    return finding

@@ -64,7 +64,8 @@ class Scores:
         in_inference, with_batch: Floats, with the moving statistics and with
             those of the batch.
         lost_with_batch: Float, by how much the batch's statistics do worse,
-            negative where they do better; of a loss in its logarithm.
+            negative where they do better; of a loss in its logarithm, of one
+            that may be negative as a share of its mean size.
         standard_error: Float, of `lost_with_batch`.
         threshold: Float, above which the worse mode is a finding.
     """
@@ -90,6 +91,8 @@ class AuditReport:
             outputs. None without data.
         scores: `Scores`, or None without labels.
         samples: Int, how many samples were read; 0 without data.
+        recalibrated: Whether the statistics are those that `recalibrate` set
+            in this process.
     """
 
     status: str
@@ -98,6 +101,7 @@ class AuditReport:
     output_gap: float | None
     scores: Scores | None
     samples: int
+    recalibrated: bool = False
 
     @property
     def ok(self):
@@ -144,12 +148,14 @@ class AuditReport:
                 f"({self.samples:,} samples)."
             )
         if self.scores is not None:
+            digits = ".3f" if self.scores.name == "accuracy" else ".3g"
             yield (
                 f"{self.scores.name.capitalize()}: "
-                f"{self.scores.in_inference:.3f} in inference, "
-                f"{self.scores.with_batch:.3f} with the batch's statistics."
+                f"{self.scores.in_inference:{digits}} in inference, "
+                f"{self.scores.with_batch:{digits}} with the batch's "
+                "statistics."
             )
-        if self.ok and self._lags():
+        if self.ok and self._lags() and not self.recalibrated:
             yield (
                 "The moving average lags behind: keras_bn.recalibrate(model, "
                 "data) brings what it costs."

@@ -3,32 +3,56 @@
 import itertools
 import math
 import numbers
+import typing
 
 import keras
 import numpy as np
 from keras.src.trainers.data_adapters import get_data_adapter
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
+from keras_bn.argument_checks import flag
+
 # Samples of arrays that are one batch, as in the article's training.
 BATCH_SIZE = 128
 
 
+class Batch(typing.NamedTuple):
+    """One batch.
+
+    Attributes:
+        inputs: Array, or structure of arrays, with samples along axis 0.
+        labels: The same, or None.
+        weights: Weights of the samples, as `model.fit` takes them, or None.
+    """
+
+    inputs: typing.Any
+    labels: typing.Any = None
+    weights: typing.Any = None
+
+    @property
+    def samples(self):
+        """How many samples the batch holds."""
+        return len(_arrays(self.inputs)[0])
+
+
 class Batches:
-    """The batches of `data`, read anew by each `for` loop.
+    """The batches of `data`, each a `Batch`, read anew by each `for` loop.
 
     Args:
-        data: Array, or list or dictionary of arrays; `tf.data.Dataset`,
-            `keras.utils.PyDataset`, `torch.utils.data.DataLoader`, or a
-            generator of `(inputs,)`, `(inputs, labels)` or `(inputs, labels,
-            weights)`, which can be read once.
-        labels: Array with a label for each sample; only for arrays, the others
-            bring their own.
+        data: Array, or list, tuple, dictionary or nested structure of arrays;
+            `tf.data.Dataset`, `keras.utils.PyDataset`,
+            `torch.utils.data.DataLoader`, or a generator of `(inputs,)`,
+            `(inputs, labels)` or `(inputs, labels, weights)`, which can be
+            read once.
+        labels: Array with a label for each sample, or a structure of them;
+            only for arrays, the others bring their own.
         steps: Int, how many batches are read; None: all of them.
         batch_size: Int, samples in a batch; only for arrays.
         shuffled: Whether arrays are read in another order, always the same:
             a batch of samples that were sorted has statistics of its own.
         at_least: Int: as many batches are joined as have so many samples,
             where they are of one shape.
+        verbose: 1 for a progress bar, where the number of batches is known.
 
     Attributes:
         number: How many batches there are, or None where nobody knows.
@@ -36,7 +60,8 @@ class Batches:
     Raises:
         ValueError: `data` is none of these, empty or endless, or the number of
             labels is not that of samples; when they are read, `data` ends
-            before `steps`, or a value is not finite.
+            before `steps`, a batch is not one of those above, or a value is
+            not finite.
     """
 
     def __init__(
@@ -47,6 +72,7 @@ class Batches:
         batch_size=BATCH_SIZE,
         shuffled=False,
         at_least=1,
+        verbose=0,
     ):
         if steps is not None:
             _check_count("steps", steps, ", or None")
@@ -55,17 +81,20 @@ class Batches:
         self._steps = steps
         self._is_read = False
         self._at_least = at_least
+        self._verbose = flag("verbose", verbose)
         try:
             self._adapter = get_data_adapter(data, labels, None, batch_size)
             if shuffled and isinstance(self._adapter, ArrayDataAdapter):
                 self._adapter = get_data_adapter(
                     _Shuffled(data, labels, batch_size)
                 )
-        except ValueError as error:
+        except Exception as error:
+            # Keras has several kinds; a generator's first batch is read here.
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 "`data` cannot be read. Received: data of type "
-                f"{type(data).__name__}. Keras says: {reason}"
+                f"{type(data).__name__}. Keras says: "
+                f"{reason or type(error).__name__}"
             ) from error
         self.number = self._adapter.num_batches
         if steps is not None:
@@ -85,7 +114,7 @@ class Batches:
                 yield _joined(waiting)
                 waiting = []
             waiting.append(batch)
-            if sum(map(_samples, waiting)) >= self._at_least:
+            if sum(x.samples for x in waiting) >= self._at_least:
                 yield _joined(waiting)
                 waiting = []
         if waiting:
@@ -100,15 +129,18 @@ class Batches:
             )
         self._is_read = True
         read = 0
+        # Of an unknown number Keras's bar would say "1/Unknown".
+        shown = self._verbose and self.number is not None
+        bar = keras.utils.Progbar(self.number, verbose=int(shown))
         for batch in itertools.islice(
             self._adapter.get_numpy_iterator(), self.number
         ):
-            inputs, labels = _unpacked(batch)
-            if not _samples((inputs,)):
-                continue
-            _check_finite(inputs, read)
-            read += 1
-            yield inputs, labels
+            batch = _unpacked(batch)
+            if batch.samples:
+                _check_finite(batch.inputs, read)
+                read += 1
+                yield batch
+            bar.add(1)
         if read < (self._steps or 1):
             raise ValueError(
                 "`data` ended early. "
@@ -118,22 +150,29 @@ class Batches:
 
 def _unpacked(batch):
     try:
-        inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        batch = Batch(*keras.utils.unpack_x_y_sample_weight(batch))
     except ValueError as error:
         raise ValueError(
             "`data` must give batches of (inputs,), (inputs, labels) or "
             "(inputs, labels, weights). Received: a batch of type "
             f"{type(batch).__name__} and length {len(batch)}."
         ) from error
-    return inputs, labels
-
-
-def _samples(batch):
-    return len(_arrays(batch[0])[0])
+    arrays = _arrays(batch.inputs)
+    if not arrays or not all(getattr(x, "shape", ()) for x in arrays):
+        kinds = sorted({type(x).__name__ for x in arrays})
+        raise ValueError(
+            "`data` must give batches of arrays, with samples along the first "
+            f"axis. Received: inputs of {', '.join(kinds) or 'no arrays'}."
+        )
+    return batch
 
 
 def _shapes(batch):
-    return [x.shape[1:] for x in _arrays(batch)]
+    """What has to be alike in batches that are joined."""
+    return [
+        None if x is None else np.shape(x)[1:]
+        for x in keras.tree.flatten(tuple(batch))
+    ]
 
 
 def _arrays(structure):
@@ -144,8 +183,11 @@ def _arrays(structure):
 def _joined(batches):
     if len(batches) == 1:
         return batches[0]
-    return keras.tree.map_structure(
-        _unless_none(lambda *parts: np.concatenate(parts)), *batches
+    return Batch(
+        *keras.tree.map_structure(
+            _unless_none(lambda *parts: np.concatenate(parts)),
+            *map(tuple, batches),
+        )
     )
 
 
@@ -184,7 +226,8 @@ class _Shuffled(keras.utils.PyDataset):
 
 
 def _check_count(name, value, also=""):
-    if not isinstance(value, numbers.Integral) or value < 1:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < 1:
         raise ValueError(
             f"`{name}` must be an integer of at least 1{also}. "
             f"Received: {name}={value!r}."
@@ -209,15 +252,16 @@ def _check_arrays(data, labels):
     sizes = {len(x) for x in arrays}
     # A model may have several outputs, and labels for each.
     for x in _arrays(labels):
-        if not hasattr(x, "__len__"):
+        if not getattr(x, "shape", ()):
             raise ValueError(
-                "`labels` must be an array, or a structure of arrays. "
-                f"Received: labels of type {type(labels).__name__}."
+                "`labels` must be an array, or a structure of arrays, with a "
+                "label for each sample. Received: labels of type "
+                f"{type(labels).__name__} with {type(x).__name__}."
             )
-        if sizes and {len(x)} != sizes:
+        if sizes and {x.shape[0]} != sizes:
             raise ValueError(
                 "`labels` must have one label for each sample. Received: "
-                f"{len(x)} labels for {min(sizes)} samples."
+                f"{x.shape[0]} labels for {min(sizes)} samples."
             )
         if isinstance(x, np.ndarray) and not _is_finite(x):
             raise ValueError(

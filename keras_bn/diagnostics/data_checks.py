@@ -16,12 +16,16 @@ from keras_bn.diagnostics.forward_passes import called_for_training
 from keras_bn.diagnostics.moments_of_data import MergedMoments
 from keras_bn.diagnostics.output_gaps import OutputGap
 from keras_bn.diagnostics.recalibrate import is_frozen
+from keras_bn.diagnostics.recalibrate import recalibrated_by
+from keras_bn.diagnostics.recalibrate import was_refused
 from keras_bn.diagnostics.scores import Comparison
 from keras_bn.diagnostics.weight_checks import ASK
+from keras_bn.diagnostics.weight_checks import RECALIBRATE
 from keras_bn.diagnostics.weight_checks import uses_statistics
 from keras_bn.moving_statistics import as_vector
 
 WITH_BATCH, IN_INFERENCE, UNKNOWN = "with batch", "in inference", "unknown"
+REFUSED = "refused"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,10 @@ class OnData:
             something else.
         frozen: Whether all layers whose statistics are not those of the data
             are frozen.
+        tried: What a recalibration of these layers would repeat: `"batch"` or
+            `"layerwise"`, the method by which they have their statistics, or
+            `REFUSED`, where the labels spoke for them; else None.
+        unscored: Whether there are labels that could not be scored.
     """
 
     layers: list
@@ -48,9 +56,11 @@ class OnData:
     samples: int
     better: str | None
     frozen: bool
+    tried: str | None
+    unscored: bool
 
 
-def look_at(model, layers, batches, labels_are_given, verbose):
+def look_at(model, layers, batches, labels_are_given):
     """`OnData`, from two forward passes over each batch.
 
     Args:
@@ -58,7 +68,6 @@ def look_at(model, layers, batches, labels_are_given, verbose):
         layers: List of its batch normalization.
         batches: `Batches`.
         labels_are_given: Whether it is an error if they cannot be scored.
-        verbose: 1 for a progress bar.
     """
     # Layers that are frozen beside others run in training as in inference.
     with_batch = [x for x in layers if not is_frozen(x)] or layers
@@ -69,28 +78,22 @@ def look_at(model, layers, batches, labels_are_given, verbose):
     # Of the inputs that inference and that the batch's statistics make.
     moments = [_none_yet(layers) for _ in passes]
     comparison, gap, samples = Comparison(model), OutputGap(), 0
-    # Batches that are joined count once, so their number is not known.
-    bar = keras.utils.Progbar(None, verbose=verbose)
-    for inputs, labels in batches:
+    for batch in batches:
         outputs = []
         for one, merged in zip(passes, moments):
-            of_pass, of_calls = one(inputs)
+            of_pass, masks, of_calls = one(batch.inputs)
             outputs.append(of_pass)
             for layer, *of_call in of_calls:
                 merged[layer].add(*of_call)
         gap.add(*outputs)
-        if labels is not None and comparison is not None:
+        if batch.labels is not None and comparison is not None:
             try:
-                comparison.add(*outputs, labels)
+                comparison.add(*outputs, batch, masks)
             except ValueError:
                 if labels_are_given:
                     raise
                 comparison = None
-        samples += next(
-            len(x) for x in keras.tree.flatten(inputs) if x is not None
-        )
-        bar.add(1)
-    bar.update(bar._seen_so_far, finalize=True)
+        samples += batch.samples
     in_inference, in_training = (
         [_distance(layer, of_layers[layer]) for layer in layers]
         for of_layers in moments
@@ -123,9 +126,11 @@ def look_at(model, layers, batches, labels_are_given, verbose):
             off,
             gap.value if one_is_off_itself else 0.0,
             scores,
-            inputs,
+            batch.inputs,
         ),
         all(is_frozen(x) for x in off),
+        _tried(model, layers, off, dict(zip(layers, in_training))),
+        comparison is None,
     )
 
 
@@ -182,22 +187,12 @@ def _effects(gap, scores):
 def cause_and_remedy(on_data):
     """Sentences, by which statistics serve the weights better."""
     if on_data.better == WITH_BATCH:
-        remedy = "keras_bn.recalibrate(model, data)"
-        if on_data.frozen:
-            remedy = "keras_bn.recalibrate(model, data, frozen=True)"
-        return (
-            "The moving statistics are stale: their updates were dropped, too "
-            "few for the momentum, or learned on other data.",
-            remedy,
-        )
+        return _stale(on_data)
     if on_data.better == IN_INFERENCE:
-        return (
-            "The weights were trained in inference mode, for the moving "
-            "statistics as they are; other statistics would destroy the model.",
-            "model(inputs, training=True)  # in the training loop, and train "
-            "again",
-        )
+        return _TRAINED_FOR_THEM, TRAIN_AGAIN
     if on_data.better is None and on_data.scores is not None:
+        if on_data.tried == REFUSED:
+            return _TRAINED_FOR_THEM, TRAIN_AGAIN
         return (
             "Training never updated them, and on this data that costs next "
             "to nothing.",
@@ -207,9 +202,77 @@ def cause_and_remedy(on_data):
         "Either the moving statistics are stale, or the weights were trained "
         "in inference mode, without training=True. "
     )
-    if on_data.scores is None:
-        return cause + "Labels tell which.", ASK
-    return cause + "More labels than these tell which.", ASK
+    if on_data.scores is not None:
+        return (
+            cause + "More labels than these tell which.",
+            "keras_bn.audit(model, more_data, more_labels)",
+        )
+    if on_data.unscored:
+        return (
+            cause + "The labels tell which, once the model has its loss.",
+            f"model.compile(loss=...)  # then {ASK}",
+        )
+    return cause + "Labels tell which.", ASK
+
+
+_TRAINED_FOR_THEM = (
+    "The weights were trained in inference mode, for the moving statistics as "
+    "they are; other statistics would destroy the model."
+)
+TRAIN_AGAIN = (
+    "model(inputs, training=True)  # in the training loop, and train again"
+)
+
+
+def _stale(on_data):
+    """The remedy is none that was tried."""
+    also = ", frozen=True" if on_data.frozen else ""
+    if on_data.tried is None:
+        return (
+            "The moving statistics are stale: their updates were dropped, too "
+            "few for the momentum, or learned on other data.",
+            RECALIBRATE.replace(")", f"{also})"),
+        )
+    if on_data.tried == REFUSED:
+        return (
+            "The moving statistics are stale; `recalibrate` refused on "
+            "batches that were small or sorted, or on other labels.",
+            'keras_bn.recalibrate(model, data, method="layerwise", '
+            f"force=True{also})",
+        )
+    if on_data.tried == "batch":
+        return (
+            "The moving statistics are those of batches that were small or "
+            "sorted, or of other data.",
+            f'keras_bn.recalibrate(model, data, method="layerwise"{also})',
+        )
+    return (
+        "The moving statistics were recalibrated on data unlike this.",
+        f"keras_bn.recalibrate(model, data_like_this{also})",
+    )
+
+
+def _tried(model, layers, off, in_training):
+    """See `OnData.tried`.
+
+    Args:
+        off: Those of the layers whose statistics are not those of the data.
+        in_training: From each layer to its `LayerDistance` from the inputs
+            that batch statistics make.
+    """
+    if was_refused(model, layers):
+        return REFUSED
+    by = {recalibrated_by(x) for x in off} or {None}
+    if None not in by:
+        return "batch" if "batch" in by else "layerwise"
+    most = thresholds.AS_RECALIBRATED
+    # Of files too, whose past nobody knows.
+    as_by_batches = off and all(
+        in_training[x].mean_distance <= most
+        and in_training[x].variance_log_ratio <= most
+        for x in off
+    )
+    return "batch" if as_by_batches else None
 
 
 def _better(model, layers, off, gap, scores, inputs):

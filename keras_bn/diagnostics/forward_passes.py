@@ -15,6 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 from keras.src.backend import compute_output_spec
+from keras.src.backend import get_keras_mask
 
 from keras_bn import kernels
 from keras_bn.channel_axes import split_channel_axes
@@ -71,8 +72,10 @@ class ForwardPass:
             The others do with their moving statistics.
 
     Returns of a call:
-        `(outputs, moments)`: what the model returns, as arrays, and a list of
-        `(layer, mean, variance, count)` for each call of a layer, in order.
+        `(outputs, masks, moments)`: what the model returns, as arrays; the
+        masks that Keras keeps with these, in the same structure, None where
+        there is none; and a list of `(layer, mean, variance, count)` for each
+        call of a layer, in order.
 
     Raises:
         ValueError: in a call, the model does not take the inputs, or calls a
@@ -98,17 +101,19 @@ class ForwardPass:
 
     def __call__(self, inputs):
         try:
-            outputs, moments = self._run(inputs, self._shifts)
+            outputs, masks, moments = self._run(inputs, self._shifts)
         except _Hidden as error:
             raise ValueError(
-                f"The moments of a layer cannot be had. {_reason(error)}"
+                f"The moments of a layer cannot be had. {reason_of(error)}"
             ) from error
         except Exception as error:
             # Each framework has kinds of its own.
-            shapes = keras.tree.map_structure(np.shape, inputs)
+            shapes = keras.tree.map_structure(
+                lambda x: None if x is None else np.shape(x), inputs
+            )
             raise ValueError(
                 "The model cannot be run on the data. Received: inputs of "
-                f"shape {shapes}. It says: {_reason(error)}"
+                f"shape {shapes}. It says: {reason_of(error)}"
             ) from error
         far = False
         for number, *of_call in zip(self._called, *zip(*moments)):
@@ -117,9 +122,9 @@ class ForwardPass:
                 self._shifts[number] = self._shifts[number] + mean
                 far = True
         if far:
-            outputs, moments = self._run(inputs, self._shifts)
-        outputs = keras.tree.map_structure(ops.convert_to_numpy, outputs)
-        return outputs, [
+            outputs, masks, moments = self._run(inputs, self._shifts)
+        outputs, masks = keras.tree.map_structure(_array, (outputs, masks))
+        return outputs, masks, [
             (
                 self._layers[number],
                 self._shifts[number] + np.asarray(mean, "float64"),
@@ -152,7 +157,8 @@ class ForwardPass:
         with _calls_replaced(self._layers, call), _unrolled(model):
             outputs = model(inputs, training=False)
         self._called = called
-        return outputs, moments
+        masks = keras.tree.map_structure(get_keras_mask, outputs)
+        return outputs, masks, moments
 
 
 def called_for_training(model, layers, inputs):
@@ -185,6 +191,10 @@ def called_for_training(model, layers, inputs):
     with _calls_replaced(layers, call):
         compute_output_spec(lambda x: model(x, training=True), inputs)
     return called
+
+
+def _array(tensor):
+    return None if tensor is None else ops.convert_to_numpy(tensor)
 
 
 def _normalized(layer, inputs, mask, shift, with_batch):
@@ -284,7 +294,7 @@ def _calls_replaced(layers, call):
             one.call = own
 
 
-def _reason(error):
+def reason_of(error):
     """An error of a framework in one line."""
     text = str(error)
     # Keras has what is wrong in bold, between its tale of the call.

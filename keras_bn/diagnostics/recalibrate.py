@@ -3,10 +3,10 @@
 import dataclasses
 import weakref
 
-import keras
 import numpy as np
 from keras import ops
 
+from keras_bn.argument_checks import flag
 from keras_bn.diagnostics.batches import BATCH_SIZE
 from keras_bn.diagnostics.batches import Batches
 from keras_bn.diagnostics.distances import log_ratio
@@ -18,8 +18,10 @@ from keras_bn.diagnostics.text_table import text_table
 from keras_bn.diagnostics.thresholds import SCORE_LOST
 from keras_bn.model_layers import built_batch_normalizations
 
-# From a layer to the variance that it was given here.
+# From a layer to the variance that it was given here, and by which method.
 _given = weakref.WeakKeyDictionary()
+# From a model to the variances for which the labels spoke.
+_refused = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,7 @@ def recalibrate_by(
     """`recalibrate` by `ForwardPasses` of the model, which can be kept."""
     model = forward_passes.model
     checked_method(method)
+    force, frozen = flag("force", force), flag("frozen", frozen)
     every_layer = built_batch_normalizations("recalibrate", model)
     layers = [x for x in every_layer if frozen or not is_frozen(x)]
     if not layers:
@@ -157,8 +160,8 @@ def recalibrate_by(
             f"frozen=False, layers {[x.name for x in every_layer]}. Give "
             "`frozen=True` to recalibrate it nevertheless."
         )
-    batches = Batches(data, labels, steps, batch_size)
-    passes = _Passes(forward_passes, every_layer, layers, batches, verbose)
+    batches = Batches(data, labels, steps, batch_size, verbose=verbose)
+    passes = _Passes(forward_passes, every_layer, layers, batches)
     before = [
         (variable, ops.convert_to_numpy(variable))
         for layer in layers
@@ -168,7 +171,7 @@ def recalibrate_by(
         if method == "batch":
             moments = passes.with_batch(compares=not force)
             for layer in layers:
-                set_statistics(layer, moments[layer])
+                set_statistics(layer, moments[layer], method)
         else:
             moments = passes.layer_by_layer(compares=not force)
     except BaseException:
@@ -183,7 +186,7 @@ def recalibrate_by(
 
 def checked_method(method):
     """Raises ValueError for what is no method of `recalibrate`."""
-    if method not in ("batch", "layerwise"):
+    if not isinstance(method, str) or method not in ("batch", "layerwise"):
         raise ValueError(
             '`method` must be "batch" or "layerwise". '
             f"Received: method={method!r}."
@@ -197,7 +200,7 @@ def is_frozen(layer):
     )
 
 
-def set_statistics(layer, moments):
+def set_statistics(layer, moments, method):
     """Assigns `MergedMoments` where they hold positions.
 
     As many batches count as there were parts, the statistics that
@@ -221,23 +224,34 @@ def set_statistics(layer, moments):
             old = ops.convert_to_numpy(variable)
             new = np.where(moments.count > 0, value, old.reshape(-1))
             variable.assign(new.reshape(old.shape).astype(old.dtype))
-    _given[layer] = ops.convert_to_numpy(layer.moving_variance)
+    _given[layer] = _variance(layer), method
 
 
-def was_recalibrated(layer):
-    """Whether the layer still has what it was given in this process."""
-    given = _given.get(layer)
-    return given is not None and np.array_equal(
-        given, ops.convert_to_numpy(layer.moving_variance)
-    )
+def recalibrated_by(layer):
+    """The method, if the layer has what it was given in this process."""
+    given, method = _given.get(layer, (None, None))
+    return method if np.array_equal(given, _variance(layer)) else None
+
+
+def was_refused(model, layers):
+    """Whether the labels spoke for the statistics that the layers have."""
+    return _refused.get(model) == _all_variances(layers)
+
+
+def _variance(layer):
+    return np.array(ops.convert_to_numpy(layer.moving_variance))
+
+
+def _all_variances(layers):
+    return b"".join(_variance(x).tobytes() for x in layers)
 
 
 class _Passes:
-    def __init__(self, forward_passes, every_layer, layers, batches, verbose):
+    def __init__(self, forward_passes, every_layer, layers, batches):
         self._model = forward_passes.model
+        self._every_layer = every_layer
         self._layers = layers
         self._batches = batches
-        self._verbose = verbose
         self._in_inference = forward_passes.get(every_layer)
         self._with_batch = forward_passes.get(every_layer, layers)
 
@@ -245,13 +259,13 @@ class _Passes:
         """`MergedMoments` of each layer, by one pass."""
         comparison = Comparison(self._model)
         moments = _none_yet(self._layers)
-        for inputs, labels in self._read():
-            outputs, of_calls = self._with_batch(inputs)
+        for batch in self._batches:
+            outputs, _, of_calls = self._with_batch(batch.inputs)
             _add(of_calls, moments)
-            if compares and labels is not None:
-                before, _ = self._in_inference(inputs)
-                comparison.add(before, outputs, labels)
-        _refuse_where_inference_is_better(comparison)
+            if compares and batch.labels is not None:
+                before, masks, _ = self._in_inference(batch.inputs)
+                comparison.add(before, outputs, batch, masks)
+        self._refuse_where_inference_is_better(comparison)
         _check_finite(moments)
         return moments
 
@@ -262,25 +276,32 @@ class _Passes:
         done, to_do = {}, None
         while to_do is None or to_do:
             moments, order = _none_yet(self._layers), {}
-            for inputs, _ in self._read():
-                _, of_calls = self._in_inference(inputs)
+            for batch in self._batches:
+                *_, of_calls = self._in_inference(batch.inputs)
                 _add(of_calls, moments)
                 order.update((layer, None) for layer, *_ in of_calls)
             if to_do is None:
                 to_do = [x for x in order if x in moments]
+            if not to_do:
+                break  # The data reaches none of them.
             layer = to_do.pop(0)
             _check_finite({layer: moments[layer]})
             done[layer] = moments[layer]
-            set_statistics(layer, moments[layer])
+            set_statistics(layer, moments[layer], "layerwise")
         return {**moments, **done}
 
-    def _read(self):
-        bar = keras.utils.Progbar(self._batches.number, verbose=self._verbose)
-        for batch in self._batches:
-            yield batch
-            bar.add(1)
-        if self._batches.number is None:
-            bar.update(bar._seen_so_far, finalize=True)
+    def _refuse_where_inference_is_better(self, comparison):
+        if comparison.better(by=SCORE_LOST) != "in_inference":
+            return
+        _refused[self._model] = _all_variances(self._every_layer)
+        digits = ".3f" if comparison.name == "accuracy" else ".3g"
+        raise ValueError(
+            "The weights were trained for the moving statistics that they "
+            f"have: {comparison.name} is {comparison.in_inference:{digits}} "
+            f"in inference and {comparison.with_batch:{digits}} with the "
+            "statistics of the batch. Received: force=False. Train with "
+            "training=True, or recalibrate nevertheless with force=True."
+        )
 
 
 def _none_yet(layers):
@@ -320,14 +341,3 @@ def _what_changed(layer, moments, before):
         log_ratio(variance, new_variance, layer.epsilon),
     )
 
-
-def _refuse_where_inference_is_better(comparison):
-    if comparison.better(by=SCORE_LOST) != "in_inference":
-        return
-    raise ValueError(
-        "The weights were trained for the moving statistics that they have: "
-        f"{comparison.name} is {comparison.in_inference:.3f} in inference and "
-        f"{comparison.with_batch:.3f} with the statistics of the batch. "
-        "Received: force=False. Train with training=True, or recalibrate "
-        "nevertheless with force=True."
-    )

@@ -2,19 +2,27 @@
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_bn.diagnostics.batches import Batch
+from keras_bn.diagnostics.class_labels import accuracy
+from keras_bn.diagnostics.compiled_loss import CompiledLoss
+from keras_bn.diagnostics.compiled_loss import shapes
 from keras_bn.diagnostics.thresholds import LOST_BY_LAG
 from keras_bn.diagnostics.thresholds import SCORE_LOST
 from keras_bn.diagnostics.thresholds import STANDARD_ERRORS
+
+# Parts of a batch of which the loss is computed too, for its spread.
+_GROUPS = 16
+_SMALLEST = np.finfo("float64").tiny
 
 
 class Comparison:
     """The score of a model in two modes, batch by batch.
 
-    The score is the accuracy where the outputs are one tensor of classes in
-    the last axis, and labels are numbers of classes or of the outputs' shape.
-    Elsewhere it is the loss that the model was compiled with.
+    It is the accuracy where the outputs are classes and the labels of all
+    batches are too (see `accuracy`). Elsewhere it is the loss that the model
+    was compiled with (see `CompiledLoss`): the mean over batches, by their
+    sizes, as of `model.evaluate`.
 
     Args:
         model: `keras.Model` or layer.
@@ -25,75 +33,73 @@ class Comparison:
     """
 
     def __init__(self, model):
-        self._model = model
-        # Of each batch: the scores of its samples in both modes.
-        self._scores = []
-        self.name = "accuracy"
+        self._loss = CompiledLoss(model)
+        # Until a batch tells that it cannot be either; then it is None.
+        self._accuracies, self._losses = _Scores(), _Scores()
+        self._why = None
 
-    def add(self, in_inference, with_batch, labels):
+    @property
+    def name(self):
+        return "loss" if self._accuracies is None else "accuracy"
+
+    def add(self, in_inference, with_batch, batch, masks=None):
         """Adds a batch of outputs in both modes.
+
+        Args:
+            in_inference, with_batch: Structures of arrays.
+            batch: `Batch`, with labels.
+            masks: Those of the outputs, arrays or None, in their structure.
 
         Raises:
             ValueError: there is neither an accuracy nor a loss.
         """
         pair = in_inference, with_batch
-        scores = [_accuracy(outputs, labels) for outputs in pair]
-        if any(x is None for x in scores):
-            self.name = "loss"
-            scores = [self._loss(outputs, labels) for outputs in pair]
-        self._scores.append(np.array(scores, "float64"))
+        self._add_accuracies(pair, batch, masks)
+        self._add_losses(pair, batch, masks)
+        if self._accuracies is None and self._losses is None:
+            raise self._why
 
     @property
     def counted(self):
         """Whether there were any samples."""
-        return bool(self._scores)
+        return self._scores.counted
 
     @property
     def in_inference(self):
-        return float(self._means()[0])
+        return float(self._scores.means()[0])
 
     @property
     def with_batch(self):
-        return float(self._means()[1])
+        return float(self._scores.means()[1])
 
     def lost_with_batch(self):
         """How much worse the batch's statistics are; negative if better.
 
-        In accuracy; for a loss in its logarithm.
+        In accuracy. For a loss in its logarithm, or, where a loss is not
+        positive, as a share of its mean size.
         """
-        if not self._scores:
+        if not self.counted:
             return 0.0
-        in_inference, with_batch = self._means()
+        means = self._scores.means()
         if self.name == "accuracy":
-            return float(in_inference - with_batch)
-        smallest = np.finfo("float64").tiny
-        return float(
-            np.log(max(with_batch, smallest))
-            - np.log(max(in_inference, smallest))
-        )
+            return float(means[0] - means[1])
+        bad = ~np.isfinite(means)
+        if bad.any():
+            # What is not finite is worse than all else.
+            return 0.0 if bad.all() else np.inf if bad[1] else -np.inf
+        if self._scores.any_negative:
+            return float((means[1] - means[0]) / self._scores.size())
+        return float(np.diff(np.log(np.maximum(means, _SMALLEST)))[0])
 
     def standard_error(self):
         """Of `lost_with_batch`: of samples in pairs, or of batches if larger.
 
         The samples of a batch share its statistics, and are not independent.
+        Of a loss, samples are taken in groups.
         """
-        if not self._scores:
+        if not self.counted or not np.isfinite(self._scores.means()).all():
             return 0.0
-        pairs = self._scores
-        if self.name == "loss":
-            means = np.maximum(np.abs(self._means()), np.finfo("float64").tiny)
-            pairs = [pair / means[:, None] for pair in pairs]
-        differences = [pair[1] - pair[0] for pair in pairs]
-        every = np.concatenate(differences)
-        every = every - every.mean()
-        of_samples = np.sum(np.square(every))
-        of_batches = 0.0
-        batches = len(differences)
-        if batches > 1:
-            ends = np.cumsum([len(x) for x in differences])[:-1]
-            sums = [part.sum() for part in np.split(every, ends)]
-            of_batches = np.sum(np.square(sums)) * batches / (batches - 1)
-        return float(np.sqrt(max(of_samples, of_batches)) / len(every))
+        return self._scores.standard_error(relative=self.name == "loss")
 
     def least(self):
         """What has to be lost in the worse mode to be more than chance.
@@ -123,51 +129,137 @@ class Comparison:
             return None
         return "in_inference" if lost > 0 else "with_batch"
 
-    def _means(self):
-        if not self._scores:
-            return np.zeros(2)
-        return np.concatenate(self._scores, axis=1).mean(1)
+    @property
+    def _scores(self):
+        return self._losses if self._accuracies is None else self._accuracies
 
-    def _loss(self, outputs, labels):
-        loss = getattr(self._model, "loss", None)
-        if loss is None or isinstance(loss, (dict, list, tuple)):
-            raise ValueError(
-                "With these labels the accuracy of the model cannot be told. "
-                f"Received: outputs of shape {_shapes(outputs)}, labels of "
-                f"shape {_shapes(labels)}. Compile the model with one loss, or "
-                "leave the labels out."
+    def _add_accuracies(self, pair, batch, masks):
+        if self._accuracies is None:
+            return
+        found = [accuracy(x, batch, masks, self._loss) for x in pair]
+        if any(x is None for x in found):
+            self._accuracies = None
+            return
+        (first, weights), (second, _) = found
+        self._accuracies.add(np.array([first, second]), weights)
+
+    def _add_losses(self, pair, batch, masks):
+        if self._losses is None:
+            return
+        try:
+            of_classes = self._accuracies is not None and self._loss.classes
+            if of_classes or not self._loss.is_there:
+                raise ValueError(_no_score(pair[0], batch.labels))
+            self._losses.add(*self._losses_of(pair, batch, masks))
+        except ValueError as error:
+            self._losses, self._why = None, error
+
+    def _losses_of(self, pair, batch, masks):
+        """Arrays of the losses of groups in both modes, and of the whole."""
+        everything = pair, tuple(batch), masks
+
+        def losses(rows):
+            pair, parts, masks = keras.tree.map_structure(
+                lambda x: None if x is None else x[rows], everything
             )
-        loss = keras.losses.get(loss)
-        if isinstance(loss, keras.losses.Loss):
-            loss = loss.call
-        labels, outputs = map(ops.convert_to_tensor, (labels, outputs))
-        if len(labels.shape) == len(outputs.shape) - 1:
-            if outputs.shape[-1] == 1:
-                labels = ops.expand_dims(labels, -1)
-        return _of_samples(ops.convert_to_numpy(loss(labels, outputs)))
+            return [self._loss(x, Batch(*parts), masks) for x in pair]
+
+        whole = [self._loss(x, batch, masks) for x in pair]
+        groups = _groups(batch.samples, everything)
+        if not groups:
+            groups, of_groups = [slice(0, batch.samples)], [whole]
+        else:
+            of_groups = [losses(rows) for rows in groups]
+        sizes = [float(rows.stop - rows.start) for rows in groups]
+        return np.transpose(of_groups), np.array(sizes), whole
 
 
-def _accuracy(outputs, labels):
-    if not isinstance(outputs, np.ndarray) or keras.tree.is_nested(labels):
-        return None
-    if outputs.ndim < 2 or outputs.shape[-1] == 1:
-        return None
-    labels = np.asarray(labels)
-    found = outputs.argmax(-1)
-    if labels.shape == outputs.shape:
-        return _of_samples(found == labels.argmax(-1))
-    if labels.shape == (*found.shape, 1):
-        labels = labels[..., 0]
-    if labels.shape == found.shape and labels.dtype.kind in "iuf":
-        return _of_samples(found == labels)
-    return None
+def _groups(samples, structure):
+    """Slices of the samples; none where something has others."""
+    arrays = keras.tree.flatten(structure)
+    if any(x is not None and x.shape[:1] != (samples,) for x in arrays):
+        return []
+    ends = np.linspace(0, samples, _GROUPS + 1).astype(int)
+    return [slice(a, b) for a, b in zip(ends, ends[1:]) if a < b]
 
 
-def _of_samples(scores):
-    """The mean of each sample, `(samples,)`, of scores at its positions."""
-    scores = np.asarray(scores, "float64")
-    return scores.reshape(len(scores), -1).mean(1)
+class _Scores:
+    """Scores of samples, or of groups of them, in both modes."""
+
+    def __init__(self):
+        self._parts, self._weights = [], []
+        self._wholes = []
+
+    def add(self, parts, weights, whole=None):
+        """Adds a batch.
+
+        Args:
+            parts: Array `(2, parts)`.
+            weights: Array `(parts,)`.
+            whole: The two scores of the batch; None: the means of the parts.
+        """
+        if not weights.sum():
+            return
+        if whole is None:
+            whole = np.average(parts, axis=1, weights=weights)
+        self._parts.append(parts)
+        self._weights.append(weights)
+        self._wholes.append(whole)
+
+    @property
+    def counted(self):
+        return bool(self._wholes)
+
+    def means(self):
+        """Array of the mean score in each mode."""
+        if not self._wholes:
+            return np.zeros(2)
+        sizes = [x.sum() for x in self._weights]
+        return np.average(self._wholes, axis=0, weights=sizes)
+
+    @property
+    def any_negative(self):
+        """Whether a ratio of scores means nothing."""
+        return any(x.min() < 0 for x in self._parts)
+
+    def size(self):
+        """The mean absolute score of both modes."""
+        parts = np.abs(np.concatenate(self._parts, 1)).mean()
+        return max(parts, np.abs(self._wholes).mean(), _SMALLEST)
+
+    def standard_error(self, relative):
+        """Of the difference of the means: that of parts, or of batches.
+
+        Args:
+            relative: Whether both are divided by what they are near to.
+        """
+        weights = np.concatenate(self._weights)
+        parts = np.concatenate(self._parts, 1)
+        squares = self._squares(parts, weights, relative)
+        batches = len(self._wholes)
+        if batches > 1:
+            sizes = np.array([x.sum() for x in self._weights])
+            of_batches = self._squares(
+                np.transpose(self._wholes), sizes, relative
+            )
+            squares = max(squares, of_batches * batches / (batches - 1))
+        return float(np.sqrt(squares) / weights.sum())
+
+    def _squares(self, pairs, weights, relative):
+        if relative:
+            scales = np.maximum(np.average(pairs, 1, weights), _SMALLEST)
+            if self.any_negative:
+                scales = self.size()
+            pairs = (pairs.T / scales).T
+        values = pairs[1] - pairs[0]
+        values = values - np.average(values, weights=weights)
+        return np.sum(np.square(weights * values))
 
 
-def _shapes(structure):
-    return keras.tree.map_structure(lambda x: np.shape(x), structure)
+def _no_score(outputs, labels):
+    return (
+        "The labels are no classes, and the model has no loss to compare them "
+        f"with the outputs by. Received: outputs of shape {shapes(outputs)}, "
+        f"labels of shape {shapes(labels)}. Compile the model with its loss, "
+        "or leave the labels out."
+    )

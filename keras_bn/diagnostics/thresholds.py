@@ -27,6 +27,10 @@ OUTPUT_GAP = 0.7
 MEAN_DISTANCE = 0.5
 VARIANCE_LOG_RATIO = 0.5
 
+# The same, of statistics which a recalibration by batches would leave as they
+# are, but for what other batches of the same data differ by.
+AS_RECALIBRATED = 0.1
+
 # Samples in a batch: smaller ones are joined, as their moments are too coarse.
 SAMPLES = 32
 

@@ -10,14 +10,14 @@ from keras_bn.diagnostics.initial_values import initial_value
 from keras_bn.diagnostics.initial_values import statistics_have_moved
 from keras_bn.diagnostics.initial_values import steps_of_optimizer
 from keras_bn.diagnostics.recalibrate import is_frozen
-from keras_bn.diagnostics.recalibrate import was_recalibrated
+from keras_bn.diagnostics.recalibrate import recalibrated_by
 from keras_bn.diagnostics.replicas import disagreement
 from keras_bn.switches import SwitchedLayer
 
 # The remedy of what only labelled data can tell apart.
 ASK = "keras_bn.audit(model, data, labels)"
 _AT_INITIAL_VALUES = "statistics at their initial values"
-_RECALIBRATE = "keras_bn.recalibrate(model, data)"
+RECALIBRATE = "keras_bn.recalibrate(model, data)"
 _COMPILE = "model.compile(...)"
 
 
@@ -102,7 +102,7 @@ def _not_numbers(layer):
             0.0,
             "No average of variances is negative: the weights were damaged or "
             "assigned by other means, such as an extrapolated average.",
-            _RECALIBRATE,
+            RECALIBRATE,
         )
 
 
@@ -134,7 +134,7 @@ def _too_few_steps(layer, steps):
         or getattr(layer, "debias", False)
         or getattr(layer, "virtual_batch_size", None) is not None
         or statistics_have_moved(layer) is False
-        or was_recalibrated(layer)
+        or recalibrated_by(layer)
     ):
         return
     share = float(layer.momentum) ** steps
@@ -156,7 +156,7 @@ def _too_few_steps(layer, steps):
         thresholds.INITIAL_SHARE,
         f"{steps} steps are too few for momentum {layer.momentum:g}, unless "
         "the optimizer is younger than the statistics.",
-        _RECALIBRATE,
+        RECALIBRATE,
     )
 
 

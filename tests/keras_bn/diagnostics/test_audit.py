@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import keras_bn
+from keras_bn.diagnostics.batches import Batch
+from keras_bn.diagnostics.scores import Comparison
 from tests.keras_bn import frameworks
 from tests.keras_bn.diagnostics import digits
 
@@ -20,6 +22,7 @@ LAYERS = pytest.mark.parametrize("layer", [OURS, KERAS], ids=["ours", "keras"])
 
 RECALIBRATE = "keras_bn.recalibrate(model, data)"
 ASK = "keras_bn.audit(model, data, labels)"
+ASK_MORE = "keras_bn.audit(model, more_data, more_labels)"
 TRAIN_AGAIN = "model(inputs, training=True)"
 
 
@@ -174,7 +177,7 @@ def test_labels_that_do_not_tell(seed):
     labels = np.random.default_rng(seed).permutation(labels)
     report = _audited(_dropped(), values, labels)
     assert abs(report.scores.lost_with_batch) < report.scores.threshold
-    assert _remedies(report) == {ASK}
+    assert _remedies(report) == {ASK_MORE}
     assert "More labels" in report.findings[0].cause
 
 
@@ -322,7 +325,7 @@ def test_a_loss_where_there_are_no_classes():
     model = digits.trained()
     layers = [*model.layers, keras.layers.Dense(1)]
     model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
-    with pytest.raises(ValueError, match="Compile the model with one loss"):
+    with pytest.raises(ValueError, match="Compile the model with its loss"):
         _audited(model, values, target)
     model.compile(loss=keras.losses.MeanSquaredError())
     report = _audited(model, values, target)
@@ -338,13 +341,11 @@ def test_a_loss_where_there_are_no_classes():
 
 def test_the_standard_error():
     """That of a mean of pairs, in float64."""
-    from keras_bn.diagnostics.scores import Comparison
-
     rng = np.random.default_rng(0)
     outputs = rng.normal(size=(2, 40, 3))
     labels = rng.integers(0, 3, 40)
     comparison = Comparison(None)
-    comparison.add(*outputs, labels)
+    comparison.add(*outputs, Batch(outputs, labels))
     right = outputs.argmax(-1) == labels
     difference = right[1].astype(float) - right[0]
     error = difference.std() / np.sqrt(40)
@@ -352,7 +353,8 @@ def test_the_standard_error():
     # A batch that counts ten times tells no more than once.
     many = Comparison(None)
     for _ in range(2):
-        many.add(*np.repeat(outputs, 10, axis=1), np.repeat(labels, 10))
+        repeated = np.repeat(outputs, 10, axis=1)
+        many.add(*repeated, Batch(repeated, np.repeat(labels, 10)))
     assert many.standard_error() < error
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from keras_bn.diagnostics.batches import Batch
 from keras_bn.diagnostics.scores import Comparison
 
 SAMPLES = 10_000
@@ -21,7 +22,8 @@ def _comparison(in_inference, with_batch, order, batches=1):
     comparison = Comparison(None)
     both = _outputs(in_inference)[order], _outputs(with_batch)[order]
     for rows in np.array_split(np.arange(SAMPLES), batches):
-        comparison.add(*(x[rows] for x in both), LABELS[order][rows])
+        batch = Batch(rows, LABELS[order][rows])
+        comparison.add(*(x[rows] for x in both), batch)
     return comparison
 
 
