@@ -8,7 +8,8 @@
 
 It ends with 0 where the model is healthy, or what was asked for is written,
 with 1 where `audit` found something or the model was never trained, and with 2
-where that cannot be done, in one line.
+where that cannot be done, in one line. With KERAS_BN_TRACEBACK=1 in the
+environment the traceback comes before the line.
 
 This module is no part of the package `keras_bn`, whose import is that of Keras
 and of a framework: help and wrong arguments need neither.
@@ -19,6 +20,7 @@ import contextlib
 import os
 import re
 import sys
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -32,6 +34,9 @@ def main(arguments=None):
         arguments: List of str; None: those of the process.
     """
     options = _parser().parse_args(arguments)
+    # Names of files may have characters that no encoding has.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _check(options)
         with start_up_lines_dropped():
@@ -41,13 +46,25 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("keras-bn: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"keras-bn: error: {_one_line(error)}", file=sys.stderr)
+    except Exception as error:
+        # 1 would mean findings.
+        if os.environ.get("KERAS_BN_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
+        text = _one_line(error)
+        if not isinstance(error, (ValueError, OSError, ImportError)):
+            text = f"{type(error).__name__}: {text}"
+        print(f"keras-bn: error: {text}", file=sys.stderr)
         return BAD_INPUT
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        text = f"{_one_line(message)}. See `{self.prog} --help`"
+        self.exit(BAD_INPUT, f"keras-bn: error: {text}\n")
+
+
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="keras-bn",
         description="Finds, mends, converts and folds batch normalization in "
         "a saved model, and exports it to be served.",
@@ -283,6 +300,10 @@ def _check_output(path, new):
             f"cannot write there. Received: --output={path}. Name a file in a "
             "folder that exists"
         )
+    if os.path.isdir(path):
+        raise ValueError(
+            f"a folder is there. Received: --output={path}. Name a file"
+        )
     if new and os.path.lexists(path):
         raise ValueError(
             f"something is there already. Received: --output={path}. Remove "
@@ -293,4 +314,8 @@ def _check_output(path, new):
 def _one_line(error):
     # Keras has words in bold.
     text = re.sub("\x1b\\[\\d+m", "", str(error))
-    return " ".join(text.split())[:500].rstrip(".")
+    text = " ".join(text.split())[:500].rstrip(".")
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in text
+    )

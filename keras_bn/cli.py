@@ -40,21 +40,23 @@ _SAMPLES = 32
 
 def audit(options):
     """Prints the report of a saved model; returns the exit code."""
-    model = _load(options.model)
-    report = keras_bn.audit(model, **_data(options, model))
+    with _warnings_in_one_line():
+        model = _load(options.model)
+        report = keras_bn.audit(model, **_data(options, model))
     print(report.to_json() if options.json else report)
     return HEALTHY if report.ok else FINDINGS
 
 
 def recalibrate(options):
     """Saves a model with new statistics; returns the exit code."""
-    model = _load(options.model)
-    done = keras_bn.recalibrate(
-        model,
-        method=options.method,
-        force=options.force,
-        **_data(options, model),
-    )
+    with _warnings_in_one_line():
+        model = _load(options.model)
+        done = keras_bn.recalibrate(
+            model,
+            method=options.method,
+            force=options.force,
+            **_data(options, model),
+        )
     _save(model, Path(options.output))
     if options.json:
         print(json.dumps([asdict(one) for one in done], indent=2))

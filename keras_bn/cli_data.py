@@ -19,7 +19,9 @@ def read(data, labels, model, batch_size):
     Args:
         data: Str: an `.npz` file, a folder of images, or the name of a
             dataset of TensorFlow Datasets, with `:SPLIT` after it, which
-            has to be prepared.
+            has to be prepared. The file has an array for each input of the
+            model, by its name, or x for the only one; and labels y, or an
+            array for each output by its name.
         labels: Str or None: an `.npy` file.
         model: `keras.Model`; images are resized to what it takes.
         batch_size: Int.
@@ -27,6 +29,8 @@ def read(data, labels, model, batch_size):
     Raises:
         ValueError: there is none, or it cannot be read.
     """
+    if not data:
+        raise ValueError("--data must name something. Received: --data=''")
     path = Path(data)
     if data.endswith(".npz"):
         return _arrays(path, labels, model)
@@ -49,12 +53,11 @@ def first_batch(data, samples):
     """The inputs of the first samples of what `read` returned.
 
     Returns:
-        Array; of several inputs a list or a dictionary by their names.
+        Array; of several inputs a list, in the order of the model's.
     """
-    inputs, _ = next(iter(Batches(data, batch_size=samples)))
-    if isinstance(inputs, dict) and len(inputs) == 1:
-        (inputs,) = inputs.values()
-    return inputs
+    batch = next(iter(Batches(data, batch_size=samples)))
+    inputs = keras.tree.flatten(batch.inputs)
+    return inputs if len(inputs) > 1 else inputs[0]
 
 
 def _arrays(path, labels, model):
@@ -68,24 +71,71 @@ def _arrays(path, labels, model):
             f"the file of arrays cannot be read ({error}). "
             f"Received: --data={path}. Write it with numpy.savez"
         ) from error
-    found = arrays.pop("y", None)
-    if labels is not None:
-        try:
-            found = np.load(labels)
-        except Exception as error:
-            raise ValueError(
-                f"the labels cannot be read ({error}). "
-                f"Received: --labels={labels}. Write them with numpy.save"
-            ) from error
-    if "x" in arrays:
-        return arrays["x"], found
-    names = list(getattr(model, "input_names", []))
-    if not arrays or set(arrays) != set(names):
+    inputs = _inputs(arrays, model)
+    if labels is None:
+        return inputs, _labels(arrays, model)
+    try:
+        found = np.load(labels)
+    except Exception as error:
         raise ValueError(
-            "the file must hold an array x, or one for each input of the "
-            f"model. Received: arrays {sorted(arrays)}, inputs {names}"
+            f"the labels cannot be read ({error}). "
+            f"Received: --labels={labels}. Write them with numpy.save"
+        ) from error
+    if not isinstance(found, np.ndarray):
+        raise ValueError(
+            "--labels must be an .npy file of one array. Received: "
+            f"--labels={labels}. Put the labels of several outputs into the "
+            ".npz file of --data, by the names of the outputs"
         )
-    return arrays, found
+    return inputs, found
+
+
+def _inputs(arrays, model):
+    """Takes the inputs out of `arrays`, in the structure of the model's."""
+    names = _names(model.input) if getattr(model, "inputs", None) else []
+    if names and set(names) <= set(arrays):
+        found = [arrays.pop(name) for name in names]
+        return keras.tree.pack_sequence_as(model.input, found)
+    if len(names) < 2 and "x" in arrays:
+        return arrays.pop("x")
+    raise ValueError(
+        "the file must hold an array for each input of the model, by its "
+        "name, or x where there is one input. Received: arrays "
+        f"{sorted(arrays)}, inputs {names}"
+    )
+
+
+def _labels(arrays, model):
+    """The labels in what `_inputs` left of `arrays`, or None."""
+    if "y" in arrays:
+        return arrays["y"]
+    if not getattr(model, "outputs", None):
+        return None
+    names = _names(model.output, getattr(model, "output_names", None))
+    found = [name for name in names if name in arrays]
+    if not found:
+        return None
+    if len(found) < len(names):
+        raise ValueError(
+            "the file must hold labels for each output of the model, by its "
+            f"name. Received: labels {found}, outputs {names}"
+        )
+    return keras.tree.pack_sequence_as(
+        model.output, [arrays[name] for name in names]
+    )
+
+
+def _names(structure, names=None):
+    """What inputs or outputs are called: a dictionary has names already.
+
+    Args:
+        structure: Of Keras tensors.
+        names: List of str; None: those of the tensors.
+    """
+    flat = keras.tree.flatten(structure)
+    if isinstance(structure, dict) and len(structure) == len(flat):
+        return keras.tree.flatten({name: name for name in structure})
+    return list(names or [x.name for x in flat])
 
 
 class ImageFolder(keras.utils.PyDataset):
@@ -127,7 +177,14 @@ class ImageFolder(keras.utils.PyDataset):
     def __getitem__(self, i):
         start = i * self._batch_size
         part = self._files[start : start + self._batch_size]
-        images = np.stack([self._image(file) for file, _ in part])
+        images = [self._image(file) for file, _ in part]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(
+                "the images must have one size, as the model's input has none"
+                f". Received: {part[0][0]} and others of other sizes. Resize "
+                "them"
+            )
+        images = np.stack(images)
         if not self._labelled:
             return (images,)
         return images, np.array([number for _, number in part])
@@ -135,9 +192,11 @@ class ImageFolder(keras.utils.PyDataset):
     def _image(self, file):
         try:
             image = keras.utils.load_img(file, target_size=self._image_size)
-        except OSError as error:
+        except Exception as error:
+            # Pillow has many kinds, and one for an image that is too large.
             raise ValueError(
-                f"an image cannot be read. Received: {file}. Remove it"
+                f"an image cannot be read. Received: {file}. Remove it. "
+                f"Pillow says: {error or type(error).__name__}"
             ) from error
         return keras.utils.img_to_array(image, data_format="channels_last")
 
@@ -181,9 +240,10 @@ def _of_tensorflow_datasets(name, batch_size):
         ) from error
     except Exception as error:
         # TFDS lets each reader's own errors through.
+        reason, *_ = [*str(error).strip().splitlines(), type(error).__name__]
         raise ValueError(
             "TensorFlow Datasets cannot load it. Received: "
-            f"--data={received}. It says: {str(error).strip().splitlines()[0]}"
+            f"--data={received}. It says: {reason}"
         ) from error
     # A download that fails would leave its parts there.
     raise ValueError(

@@ -13,10 +13,21 @@ class EventFiles:
         log_dir: Path of the folder that holds those of the runs.
 
     Raises:
+        ValueError: `log_dir` is no path, or a file is there.
         ImportError: the package `tensorboard` is not installed.
     """
 
     def __init__(self, log_dir):
+        if not isinstance(log_dir, (str, os.PathLike)) or not str(log_dir):
+            raise ValueError(
+                "`log_dir` must be the path of a folder, or None. "
+                f"Received: log_dir={log_dir!r}."
+            )
+        if os.path.exists(log_dir) and not os.path.isdir(log_dir):
+            raise ValueError(
+                "`log_dir` must be a folder, and a file is there. "
+                f"Received: log_dir={log_dir!r}."
+            )
         try:
             from tensorboard.compat.proto import event_pb2
             from tensorboard.plugins.scalar.summary import scalar_pb

@@ -283,10 +283,13 @@ class _Passes:
             if to_do is None:
                 to_do = [x for x in order if x in moments]
             if not to_do:
-                break  # The data reaches none of them.
+                break
             layer = to_do.pop(0)
             _check_finite({layer: moments[layer]})
             done[layer] = moments[layer]
+            set_statistics(layer, moments[layer], "layerwise")
+        for layer in moments.keys() - done.keys():
+            # The data does not reach it.
             set_statistics(layer, moments[layer], "layerwise")
         return {**moments, **done}
 

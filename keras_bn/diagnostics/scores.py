@@ -51,8 +51,10 @@ class Comparison:
             masks: Those of the outputs, arrays or None, in their structure.
 
         Raises:
-            ValueError: there is neither an accuracy nor a loss.
+            ValueError: there is neither an accuracy nor a loss, or labels are
+                not as many as outputs.
         """
+        _check_lengths(in_inference, batch.labels)
         pair = in_inference, with_batch
         self._add_accuracies(pair, batch, masks)
         self._add_losses(pair, batch, masks)
@@ -254,6 +256,20 @@ class _Scores:
         values = pairs[1] - pairs[0]
         values = values - np.average(values, weights=weights)
         return np.sum(np.square(weights * values))
+
+
+def _check_lengths(outputs, labels):
+    """Keras broadcasts what is not as long."""
+    expected, found = (
+        {x.shape[:1] for x in keras.tree.flatten(y) if x is not None}
+        for y in (outputs, labels)
+    )
+    if not found <= expected:
+        raise ValueError(
+            "There must be a label for each sample of a batch. Received: "
+            f"outputs of shape {shapes(outputs)}, labels of shape "
+            f"{shapes(labels)}."
+        )
 
 
 def _no_score(outputs, labels):

@@ -1,5 +1,6 @@
 """Whether moving statistics stand still while weights move."""
 
+import numbers
 import warnings
 
 import keras
@@ -188,12 +189,13 @@ def iterations_of(model):
 
 def checked_arguments(every, on_stale):
     """Raises ValueError for what `StandstillCheck` cannot be told."""
-    if isinstance(every, bool) or int(every) != every or every < 1:
+    number = isinstance(every, numbers.Real) and not isinstance(every, bool)
+    if not number or every % 1 != 0 or every < 1:
         raise ValueError(
             "`every` must be an integer of at least 1. "
             f"Received: every={every!r}."
         )
-    if on_stale not in ("warn", "raise"):
+    if not isinstance(on_stale, str) or on_stale not in ("warn", "raise"):
         raise ValueError(
             '`on_stale` must be "warn" or "raise". '
             f"Received: on_stale={on_stale!r}."

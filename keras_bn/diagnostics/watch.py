@@ -59,6 +59,7 @@ class _Watch:
         self._layers = layers
         self._on_stale = on_stale
         self._every = every
+        self._check = None
 
     def __enter__(self):
         self._values = None
@@ -78,13 +79,20 @@ class _Watch:
                 the order of those of the model, where a JAX loop keeps them.
 
         Raises:
-            ValueError: a list has another length than that of the model.
+            ValueError: a list is none, or has another length than that of the
+                model, or variables of other shapes; or this is not in the
+                block of `with`.
             RuntimeError: as `on_stale` says.
         """
-        if trainable_variables is not None:
-            self._values = self._by_variable(
-                trainable_variables, non_trainable_variables
+        if self._check is None:
+            raise ValueError(
+                "`step` belongs into the block of `with "
+                "keras_bn.watch_statistics(model) as watch:`. "
+                "Received: a call outside of it."
             )
+        given = trainable_variables, non_trainable_variables
+        if any(x is not None for x in given):
+            self._values = self._by_variable(*given)
         self._steps += 1
         if self._steps - self._checked_at >= self._every:
             self._compare()
@@ -115,11 +123,26 @@ class _Watch:
         values = {}
         for name, given in zip(_LISTS, lists):
             variables = getattr(self._model, name)
-            if given is None or len(given) != len(variables):
-                received = given if given is None else len(given)
+            if not isinstance(given, (list, tuple)):
+                received = f"of type {type(given).__name__}"
+            elif len(given) != len(variables):
+                received = f"of length {len(given)}"
+            else:
+                received = _other_shape(variables, given)
+            if received:
                 raise ValueError(
-                    f"`step` takes all {len(variables)} of the model's {name} "
-                    f"or no variables. Received: {name} of length {received}."
+                    f"`step` takes a list of all {len(variables)} of the "
+                    f"model's {name} or no variables. Received: {name} "
+                    f"{received}."
                 )
             values |= {id(v): value for v, value in zip(variables, given)}
         return values
+
+
+def _other_shape(variables, given):
+    """What is wrong with the first value of another shape; None: nothing."""
+    for variable, value in zip(variables, given):
+        shape = getattr(value, "shape", None)
+        if shape is None or tuple(shape) != tuple(variable.shape):
+            return f"with shape {shape} for {variable.path!r}"
+    return None
