@@ -131,7 +131,7 @@ def test_a_moving_average_that_lags():
     assert "keras_bn.recalibrate" not in str(report)
 
 
-class _WithoutSecond(keras.Model):
+class WithoutSecond(keras.Model):
     """Has a layer that its calls leave out."""
 
     def __init__(self):
@@ -147,7 +147,7 @@ class _WithoutSecond(keras.Model):
 @pytest.mark.parametrize("method", ["batch", "layerwise"])
 def test_a_layer_that_data_does_not_reach(method):
     values = RNG.normal(3.0, 1.0, (64, 3)).astype("float32")
-    model = _WithoutSecond()
+    model = WithoutSecond()
     model(values)
     model.first.gamma.assign([1.1] * 3)
     model.second.moving_variance.assign([-1.0] * 3)

@@ -142,6 +142,19 @@ def test_bad_variables():
     with pytest.raises(ValueError, match="all 4 of the model's trainable"):
         with keras_bn.watch_statistics(model) as watch:
             watch.step(model.variables, [])
-    with pytest.raises(ValueError, match="length None"):
+    values = [np.ones(v.shape) for v in model.trainable_variables]
+    for wrong, match in (
+        ((values,), "non_trainable_variables of type NoneType"),
+        ((None, values), "trainable_variables of type NoneType"),
+        ((3, values), "trainable_variables of type int"),
+        ((values[::-1], []), r"with shape \(1,\) for '.*gamma'"),
+        ((values, [None, None]), r"with shape None for '.*moving_mean'"),
+    ):
         with keras_bn.watch_statistics(model) as watch:
-            watch.step([np.ones(1)] * 4)
+            with pytest.raises(ValueError, match=match):
+                watch.step(*wrong)
+            model.layers[0].gamma.assign([2.0] * 3)
+            model.layers[0].moving_mean.assign([2.0] * 3)
+        model.set_weights([w + 1.0 for w in model.get_weights()])
+    with pytest.raises(ValueError, match="a call outside of it"):
+        keras_bn.watch_statistics(model).step()
