@@ -34,10 +34,11 @@ def refuse_axis_name_off_jax(name):
 
 def flag(name, value):
     """`value` as a bool; what is neither True nor False raises ValueError."""
-    if isinstance(value, (bool, np.bool_)) or value in (0, 1):
+    is_number = isinstance(value, (numbers.Number, np.bool_))
+    if is_number and value in (0, 1):
         return bool(value)
     raise ValueError(
-        f"`{name}` must be True or False. Received: {name}={value!r}."
+        f"`{name}` must be True or False. Received: {name}={shown(value)}."
     )
 
 
@@ -175,3 +176,9 @@ def _number(name, value):
         raise ValueError(
             f"`{name}` must be a number. Received: {name}={value!r}."
         ) from error
+
+
+def shown(value):
+    """`repr(value)` in one line, without its end where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -3,6 +3,7 @@
 import itertools
 import math
 import numbers
+import types
 import typing
 
 import keras
@@ -11,6 +12,7 @@ from keras.src.trainers.data_adapters import get_data_adapter
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
 from keras_bn.argument_checks import flag
+from keras_bn.argument_checks import shown
 
 # Samples of arrays that are one batch, as in the article's training.
 BATCH_SIZE = 128
@@ -83,13 +85,9 @@ class Batches:
         self._at_least = at_least
         self._verbose = flag("verbose", verbose)
         try:
-            self._adapter = get_data_adapter(data, labels, None, batch_size)
-            if shuffled and isinstance(self._adapter, ArrayDataAdapter):
-                self._adapter = get_data_adapter(
-                    _Shuffled(data, labels, batch_size)
-                )
+            self._adapter = _adapter(data, labels, batch_size, shuffled)
         except Exception as error:
-            # Keras has several kinds; a generator's first batch is read here.
+            # Keras has several kinds.
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 "`data` cannot be read. Received: data of type "
@@ -148,6 +146,42 @@ class Batches:
             )
 
 
+def _adapter(data, labels, batch_size, shuffled):
+    """What reads data in any form, as Keras's data adapters do."""
+    if isinstance(data, types.GeneratorType) and labels is None:
+        return _GeneratorAdapter(data)
+    adapter = get_data_adapter(data, labels, None, batch_size)
+    if not isinstance(adapter, ArrayDataAdapter):
+        return adapter
+    # Keras's adapter refuses text, which models may take, as NumPy arrays.
+    text = any(
+        getattr(getattr(x, "dtype", None), "kind", "-") in "OSUmM"
+        for x in _arrays((data, labels))
+    )
+    if not shuffled and not text:
+        return adapter
+    return get_data_adapter(_Rows(data, labels, batch_size, shuffled))
+
+
+class _GeneratorAdapter:
+    """Keras's own reads two batches at once, and hides their errors."""
+
+    num_batches = None
+
+    def __init__(self, generator):
+        self._generator = generator
+
+    def get_numpy_iterator(self):
+        for batch in self._generator:
+            yield keras.tree.map_structure(_as_numpy, batch)
+
+
+def _as_numpy(x):
+    if keras.ops.is_tensor(x):
+        return keras.ops.convert_to_numpy(x)
+    return np.asarray(x) if hasattr(x, "__array__") else x
+
+
 def _unpacked(batch):
     try:
         batch = Batch(*keras.utils.unpack_x_y_sample_weight(batch))
@@ -195,22 +229,24 @@ def _unless_none(function):
     return lambda x, *others: None if x is None else function(x, *others)
 
 
-class _Shuffled(keras.utils.PyDataset):
-    """Batches of samples of arrays, in a random order that is always the same.
+class _Rows(keras.utils.PyDataset):
+    """Batches of samples of arrays.
 
-    It is drawn from a generator of its own.
+    Args:
+        shuffled: Whether in a random order that is always the same. It is
+            drawn from a generator of its own.
     """
 
-    def __init__(self, data, labels, batch_size):
+    def __init__(self, data, labels, batch_size, shuffled):
         super().__init__()
         self._arrays = data if labels is None else (data, labels)
         self._packs = labels is None
-        self._arrays = keras.tree.map_structure(
-            _unless_none(np.asarray), self._arrays
-        )
+        self._arrays = keras.tree.map_structure(_as_numpy, self._arrays)
         self._batch_size = batch_size
         samples = len(_arrays(self._arrays)[0])
-        self._order = np.random.default_rng(0).permutation(samples)
+        self._order = np.arange(samples)
+        if shuffled:
+            self._order = np.random.default_rng(0).permutation(samples)
 
     def __len__(self):
         return math.ceil(len(self._order) / self._batch_size)
@@ -230,7 +266,7 @@ def _check_count(name, value, also=""):
     if not whole or value < 1:
         raise ValueError(
             f"`{name}` must be an integer of at least 1{also}. "
-            f"Received: {name}={value!r}."
+            f"Received: {name}={shown(value)}."
         )
 
 

@@ -5,6 +5,8 @@ import time
 
 import keras
 
+from keras_bn.argument_checks import shown
+
 
 class EventFiles:
     """Curves of several runs, each in a folder of its own.
@@ -21,12 +23,12 @@ class EventFiles:
         if not isinstance(log_dir, (str, os.PathLike)) or not str(log_dir):
             raise ValueError(
                 "`log_dir` must be the path of a folder, or None. "
-                f"Received: log_dir={log_dir!r}."
+                f"Received: log_dir={shown(log_dir)}."
             )
         if os.path.exists(log_dir) and not os.path.isdir(log_dir):
             raise ValueError(
                 "`log_dir` must be a folder, and a file is there. "
-                f"Received: log_dir={log_dir!r}."
+                f"Received: log_dir={shown(log_dir)}."
             )
         try:
             from tensorboard.compat.proto import event_pb2
@@ -37,7 +39,7 @@ class EventFiles:
         except ImportError as error:
             raise ImportError(
                 "Curves need the package tensorboard, which cannot be "
-                f"imported. Received: log_dir={log_dir!r}. Run "
+                f"imported. Received: log_dir={shown(log_dir)}. Run "
                 "`pip install tensorboard`."
             ) from error
         self._log_dir = log_dir

@@ -83,6 +83,7 @@ class ForwardPass:
     """
 
     def __init__(self, model, layers, with_batch=()):
+        self._model = model
         self._layers = layers
         self._with_batch = with_batch
         self.forget()
@@ -100,6 +101,7 @@ class ForwardPass:
         ]
 
     def __call__(self, inputs):
+        inputs = inputs_of(self._model, inputs)
         try:
             outputs, masks, moments = self._run(inputs, self._shifts)
         except _Hidden as error:
@@ -161,6 +163,37 @@ class ForwardPass:
         return outputs, masks, moments
 
 
+def inputs_of(model, inputs):
+    """`inputs` without what a functional or sequential model does not take.
+
+    Keras warns, and goes by the order of what it is given.
+
+    Raises:
+        ValueError: they are fewer or more, or do not have its names.
+    """
+    expected = getattr(model, "inputs", None)
+    if not isinstance(expected, list) or not all(
+        isinstance(x, keras.KerasTensor) for x in expected
+    ):
+        return inputs
+    if isinstance(inputs, dict):
+        names = [x.name for x in expected]
+        if isinstance(model.input, dict):
+            names = list(model.input)
+        if not set(names) <= set(inputs):
+            raise ValueError(
+                f"The model takes the inputs {names}. Received: inputs "
+                f"{sorted(map(str, inputs))}."
+            )
+        return {name: inputs[name] for name in names}
+    found = len(keras.tree.flatten(inputs))
+    if found != len(expected):
+        raise ValueError(
+            f"The model takes {len(expected)} inputs. Received: {found}."
+        )
+    return inputs
+
+
 def called_for_training(model, layers, inputs):
     """Set of those layers that a training call of the model calls for it.
 
@@ -186,7 +219,7 @@ def called_for_training(model, layers, inputs):
                 x.shape, keras.backend.standardize_dtype(x.dtype)
             )
         ),
-        inputs,
+        inputs_of(model, inputs),
     )
     with _calls_replaced(layers, call):
         compute_output_spec(lambda x: model(x, training=True), inputs)

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_bn.argument_checks import flag
+from keras_bn.argument_checks import shown
 from keras_bn.diagnostics.batches import BATCH_SIZE
 from keras_bn.diagnostics.batches import Batches
 from keras_bn.diagnostics.distances import log_ratio
@@ -189,7 +190,7 @@ def checked_method(method):
     if not isinstance(method, str) or method not in ("batch", "layerwise"):
         raise ValueError(
             '`method` must be "batch" or "layerwise". '
-            f"Received: method={method!r}."
+            f"Received: method={shown(method)}."
         )
 
 

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_bn.argument_checks import shown
 from keras_bn.compiled_functions import stacklevel_of_user
 from keras_bn.diagnostics.recalibrate import is_frozen
 
@@ -193,12 +194,12 @@ def checked_arguments(every, on_stale):
     if not number or every % 1 != 0 or every < 1:
         raise ValueError(
             "`every` must be an integer of at least 1. "
-            f"Received: every={every!r}."
+            f"Received: every={shown(every)}."
         )
     if not isinstance(on_stale, str) or on_stale not in ("warn", "raise"):
         raise ValueError(
             '`on_stale` must be "warn" or "raise". '
-            f"Received: on_stale={on_stale!r}."
+            f"Received: on_stale={shown(on_stale)}."
         )
 
 

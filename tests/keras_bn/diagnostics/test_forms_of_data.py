@@ -155,3 +155,46 @@ def test_no_progress_of_an_unknown_number(capfd):
     assert "3/3" in capfd.readouterr().out
     keras_bn.audit(model, A, LABELS, verbose=0)
     assert capfd.readouterr().out == ""
+
+
+def test_inputs_that_the_model_does_not_take():
+    """Keras would take them in the order of what it is given."""
+    model, layer = _model("dictionary")
+    data = {"a_number": np.arange(N), "later": A, "first": B}
+    keras_bn.recalibrate(model, data, verbose=0)
+    mean = frameworks.array(layer.moving_mean)
+    np.testing.assert_allclose(mean, A.mean(0, "float64"), rtol=1e-5)
+    for wrong in ({"later": A}, [A, B, B], A):
+        for function in (keras_bn.audit, keras_bn.recalibrate):
+            with pytest.raises(ValueError, match="The model takes"):
+                function(model, wrong, verbose=0)
+
+
+def test_names_for_a_list_of_inputs():
+    model, layer = _model("list")
+    data = {"later": A, "first": B}
+    keras_bn.recalibrate(model, data, verbose=0)
+    mean = frameworks.array(layer.moving_mean)
+    np.testing.assert_allclose(mean, A.mean(0, "float64"), rtol=1e-5)
+
+
+if frameworks.IS_TENSORFLOW:
+
+    def test_text():
+        """On the other backends no model takes it."""
+        words = np.array([["cat"], ["dog"], ["dog"], ["cat"]] * 8)
+        lookup = keras.layers.StringLookup(vocabulary=["cat", "dog"])
+        embedding = keras.layers.Embedding(3, 2)
+        model = keras.Sequential(
+            [
+                keras.Input((1,), dtype="string"),
+                lookup,
+                embedding,
+                keras_bn.BatchNormalization(),
+            ]
+        )
+        keras_bn.recalibrate(model, words, verbose=0)
+        right = frameworks.array(embedding.embeddings)[1:].mean(0, "float64")
+        mean = frameworks.array(model.layers[-1].moving_mean)
+        np.testing.assert_allclose(mean, right, rtol=1e-5, atol=1e-7)
+        assert keras_bn.audit(model, words, verbose=0).samples == len(words)
