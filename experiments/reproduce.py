@@ -214,12 +214,13 @@ def spread_to_expect(folder: Path = DEFAULT_RUNS) -> str:
             new += [] if run.recalibrated is None else [run.recalibrated]
             seeds.add(run.seed)
     ranges = " and ".join(
-        f"condition {name} {_range(values)}" for name, values in final.items()
+        f"condition {name} at {_range(values)}"
+        for name, values in sorted(final.items())
     )
     return (
         "What to expect: a run this short depends on the seed and on how the "
-        f"CPU rounds. Over {len(seeds)} seeds, with oneDNN on and off, "
-        f"{ranges}, recalibrated {_range(new)}."
+        f"CPU rounds. Over {len(seeds)} seeds, with oneDNN on and off, we saw "
+        f"{ranges}, recalibrated at {_range(new)}."
     )
 
 

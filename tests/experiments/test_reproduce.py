@@ -352,6 +352,27 @@ def test_which_runs_are_those_of_no_flags(runs, default):
     assert reproduce.is_default(runs) == default
 
 
+def test_the_default_run_tells_one_story_whatever_rounds_and_draws():
+    """Batch normalization leads by 0.1 with each seed, oneDNN on and off."""
+    seen = []
+    for results in sorted(reproduce.DEFAULT_RUNS.iterdir()):
+        final = {}
+        for run in result_files.read_runs(results):
+            assert run.last_step == reproduce.PRESETS["quick"]["steps"]
+            final[run.condition.number, run.seed] = run.accuracies[-1]
+            seen.append((run.facts["onednn"], run.condition.number, run.seed))
+            if run.condition.number == 11:
+                assert run.recalibrated > run.accuracies[-1]
+        for seed in (0, 1):
+            assert final[11, seed] - final[2, seed] >= 0.1
+    assert sorted(seen) == [
+        (onednn, condition, seed)
+        for onednn in (False, True)
+        for condition in (2, 11)
+        for seed in (0, 1)
+    ]
+
+
 def test_the_spread_to_expect_is_that_of_the_runs_kept(tmp_path):
     for name, off in (("off", 0.0), ("on", 0.25)):
         write_run(tmp_path / name, 2, 0, [0.5, 0.125 + off])
@@ -362,8 +383,8 @@ def test_the_spread_to_expect_is_that_of_the_runs_kept(tmp_path):
     said = reproduce.spread_to_expect(tmp_path)
     assert "Over 2 seeds, with oneDNN on and off, " in said
     assert said.endswith(
-        "condition 2 0.12 to 0.38 and condition 11 0.50 to 0.75, "
-        "recalibrated 0.62 to 0.88."
+        "condition 2 at 0.12 to 0.38 and condition 11 at 0.50 to 0.75, "
+        "recalibrated at 0.62 to 0.88."
     )
     assert "\n" not in said
 
