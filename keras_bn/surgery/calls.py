@@ -179,7 +179,8 @@ class _Around(keras.layers.Layer):
     """Calls what it is given."""
 
     def __init__(self, calls):
-        super().__init__()
+        # TensorFlow allows no underscore at the front.
+        super().__init__(name="around")
         self._calls = calls
 
     def call(self, inputs, training=None):
@@ -191,7 +192,7 @@ def _left_by(node, training):
 
     Its own code may call them with anything, so it is run, on no data.
     """
-    following = _Next()
+    following = _Next(name="next")
 
     def calls(values):
         tensors = dict(zip(map(id, node.input_tensors), values))

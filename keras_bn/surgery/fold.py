@@ -34,7 +34,8 @@ def fold(model):
     stays the same: max-pooling unless a gamma is negative, zero padding, a
     convolution's own too, by padding with `-shift / scale` of each channel.
     What cannot be folded becomes one multiplication and addition. The weights
-    are computed in float64 and rounded once.
+    are computed in float64 and rounded once. What `model(inputs)` runs in
+    training mode, because a call in it was made with `training=True`, is kept.
 
     Args:
         model: Functional or Sequential `keras.Model` that is built, with

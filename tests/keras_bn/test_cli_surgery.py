@@ -118,6 +118,38 @@ def test_fold(folder, capsys):
     assert sorted(os.listdir(folder)) == ["folded.keras", "model.keras"]
 
 
+def _strided(training):
+    inputs = keras.Input((None, None, 3))
+    conv = layers.Conv2D(4, 3, strides=2, padding="same", name="conv")
+    return keras.Model(inputs, conv(layers.BatchNormalization()(inputs)))
+
+
+def _in_training(training):
+    inputs = keras.Input((4,))
+    inner = keras.Sequential(
+        [keras.Input((4,)), layers.BatchNormalization(), layers.Dense(3)]
+    )
+    return keras.Model(inputs, inner(inputs, training=training))
+
+
+@pytest.mark.parametrize(
+    "made, said",
+    [
+        (_strided, "the padding of 'conv' depends on a size that is not"),
+        (_in_training, "it is called with training=True"),
+    ],
+)
+def test_what_cannot_be_folded_is_in_the_table(made, said, folder, capsys):
+    models.randomize(made(training=True)).save("given.keras")
+    for command in ("fold", "convert"):
+        code, printed, error = _run(
+            capsys, command, "given.keras", "--output", f"{command}.keras"
+        )
+        assert code == 0 and not error
+        assert ("folded 0 of 1" in printed) == (command == "fold")
+        assert (said in printed) == (command == "fold")
+
+
 def _sick(kind=keras_bn.BatchNormalization):
     layer = kind()
     model = keras.Sequential([keras.Input((4,)), layers.Dense(4), layer])
