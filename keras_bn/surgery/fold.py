@@ -178,6 +178,9 @@ class _Folder:
 
 
 def _copy_with_parts(old, new):
+    if new.trainable != old.trainable:
+        # What is frozen normalizes as in inference in training calls too.
+        new.trainable = old.trainable
     copy_own_state(old, new)
     for part, clone in zip(old._layers, new._layers, strict=True):
         _copy_with_parts(part, clone)

@@ -594,6 +594,27 @@ def test_training_that_calls_were_made_with(made, training):
                 )
 
 
+class NormalizesInTraining(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inside = BN()
+
+    def call(self, inputs):
+        return self.inside(inputs, training=True)
+
+
+def test_parts_that_are_frozen():
+    """They use the moving statistics, whatever they are called with."""
+    custom = NormalizesInTraining()
+    model = keras.Sequential([keras.Input((4,)), custom, BN()])
+    models.randomize(model)
+    custom.inside.trainable = False
+    inputs = np.random.default_rng(1).normal(size=(5, 4)).astype(DTYPE)
+    expected = frameworks.array(model(inputs))
+    found = frameworks.array(keras_bn.fold(model)(inputs))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_mask_that_is_an_argument_goes_on():
     """What follows averages over what the mask keeps."""
     inputs, mask = keras.Input((5, 3)), keras.Input((5,), dtype="bool")

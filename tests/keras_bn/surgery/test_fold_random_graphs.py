@@ -16,7 +16,7 @@ from tests.keras_bn.surgery.random_graphs import random_model
 # Elsewhere Keras narrows float64 in some layers.
 DTYPE = "float64" if frameworks.IS_TENSORFLOW else "float32"
 # JAX compiles each operation of each shape.
-GRAPHS = 30 if frameworks.IS_JAX else 200
+GRAPHS = 60 if frameworks.IS_JAX else 200
 
 
 @pytest.fixture(autouse=True)
