@@ -300,14 +300,14 @@ def _check_output(path, new):
             f"cannot write there. Received: --output={path}. Name a file in a "
             "folder that exists"
         )
-    if os.path.isdir(path):
-        raise ValueError(
-            f"a folder is there. Received: --output={path}. Name a file"
-        )
     if new and os.path.lexists(path):
         raise ValueError(
             f"something is there already. Received: --output={path}. Remove "
             "it, or name another file"
+        )
+    if os.path.isdir(path):
+        raise ValueError(
+            f"a folder is there. Received: --output={path}. Name a file"
         )
 
 

@@ -71,6 +71,12 @@ def _arrays(path, labels, model):
             f"the file of arrays cannot be read ({error}). "
             f"Received: --data={path}. Write it with numpy.savez"
         ) from error
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biufSU":
+            raise ValueError(
+                "the arrays must hold numbers, or text that the model takes. "
+                f"Received: array {name!r} of dtype {array.dtype}"
+            )
     inputs = _inputs(arrays, model)
     if labels is None:
         return inputs, _labels(arrays, model)
@@ -92,10 +98,11 @@ def _arrays(path, labels, model):
 
 def _inputs(arrays, model):
     """Takes the inputs out of `arrays`, in the structure of the model's."""
-    names = _names(model.input) if getattr(model, "inputs", None) else []
+    structure = _structure(model, "input")
+    names = _names(structure)
     if names and set(names) <= set(arrays):
         found = [arrays.pop(name) for name in names]
-        return keras.tree.pack_sequence_as(model.input, found)
+        return keras.tree.pack_sequence_as(structure, found)
     if len(names) < 2 and "x" in arrays:
         return arrays.pop("x")
     raise ValueError(
@@ -109,9 +116,8 @@ def _labels(arrays, model):
     """The labels in what `_inputs` left of `arrays`, or None."""
     if "y" in arrays:
         return arrays["y"]
-    if not getattr(model, "outputs", None):
-        return None
-    names = _names(model.output, getattr(model, "output_names", None))
+    structure = _structure(model, "output")
+    names = _names(structure, getattr(model, "output_names", None))
     found = [name for name in names if name in arrays]
     if not found:
         return None
@@ -121,8 +127,15 @@ def _labels(arrays, model):
             f"name. Received: labels {found}, outputs {names}"
         )
     return keras.tree.pack_sequence_as(
-        model.output, [arrays[name] for name in names]
+        structure, [arrays[name] for name in names]
     )
+
+
+def _structure(model, name):
+    """`model.input` or `model.output`; a subclass has an empty one."""
+    flat = getattr(model, f"{name}s", None) or []
+    # A sequential model has no such attribute.
+    return getattr(model, name, flat[0] if flat else [])
 
 
 def _names(structure, names=None):

@@ -307,7 +307,7 @@ def _check_arrays(data, labels):
 
 
 def _is_finite(array):
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+    return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())
 
 
 def _check_finite(inputs, number):

@@ -177,9 +177,11 @@ def inputs_of(model, inputs):
     ):
         return inputs
     if isinstance(inputs, dict):
+        # A sequential model has no such attribute.
+        structure = getattr(model, "input", expected)
         names = [x.name for x in expected]
-        if isinstance(model.input, dict):
-            names = list(model.input)
+        if isinstance(structure, dict):
+            names = list(structure)
         if not set(names) <= set(inputs):
             raise ValueError(
                 f"The model takes the inputs {names}. Received: inputs "

@@ -25,7 +25,7 @@ def _model(moves=True):
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
-            keras.Input((6, 6, 3)),
+            keras.Input((6, 6, 3), name="pixels"),
             keras_bn.BatchNormalization(momentum=0.0),
             keras.layers.Flatten(),
             keras.layers.Dense(2),
@@ -107,6 +107,91 @@ def test_audit(arguments, status, files, capsys):
         assert "keras_bn.recalibrate(model, data)" in table
 
 
+def _two_inputs(folder, structure, outputs):
+    """A model of inputs a and b, and its arrays; labels by name, and not."""
+    a, b = keras.Input((2,), name="b"), keras.Input((3,), name="a")
+    inputs = {
+        "list": lambda: [a, b],
+        "dictionary": lambda: {"b": a, "a": b},
+        "nested": lambda: {"all": [a, (b,)]},
+        "one": lambda: a,
+    }[structure]()
+    y = keras.layers.BatchNormalization()(a)
+    if structure != "one":
+        y = keras.layers.Concatenate()([y, b])
+    names = ["first", "second"][:outputs]
+    y = [keras.layers.Dense(2, name=name)(y) for name in names]
+    model = keras.Model(inputs, y if outputs > 1 else y[0])
+    model.compile("sgd", "mse")
+    model.layers[-1].kernel.assign(model.layers[-1].kernel * 2.0)
+    model.save(folder / "two.keras")
+    rng = np.random.default_rng(0)
+    arrays = {"b": rng.normal(3.0, 2.0, (40, 2)), "a": rng.normal(size=(40, 3))}
+    if structure == "one":
+        del arrays["a"]
+    values = [arrays[x.name] for x in keras.tree.flatten(inputs)]
+    labels = model.predict(
+        keras.tree.pack_sequence_as(inputs, values), verbose=0
+    )
+    np.savez(folder / "inputs.npz", **arrays)
+    if outputs == 1:
+        np.savez(folder / "labelled.npz", **arrays, y=labels)
+        np.save(folder / "labels.npy", labels)
+        labels = [labels]
+    np.savez(folder / "named.npz", **arrays, **dict(zip(names, labels)))
+    np.savez(folder / "b.npz", b=arrays["b"])
+    return arrays["b"]
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("structure", ["list", "dictionary", "nested", "one"])
+def test_arrays_by_the_names_of_inputs(structure, outputs, tmp_path, capsys):
+    values = _two_inputs(tmp_path, structure, outputs)
+    data = ["named.npz"] if outputs == 2 else ["named.npz", "labelled.npz"]
+    for name in data:
+        # In inference the outputs are right, which only labels can tell.
+        arguments = ["audit", "two.keras", f"--data={name}", "--json"]
+        code, printed, _ = _run(tmp_path, capsys, *arguments)
+        assert code in (0, 1)
+        scores = json.loads(printed)["scores"]
+        assert scores["name"] == "loss" and scores["in_inference"] < 1e-9
+        arguments = ["recalibrate", "two.keras", f"--data={name}"]
+        code, _, error = _run(tmp_path, capsys, *arguments, "--output=x.keras")
+        assert code == 2 and "Received: force=False" in error
+    arguments = ["recalibrate", "two.keras", "--data=inputs.npz"]
+    assert _run(tmp_path, capsys, *arguments, "--output=x.keras")[0] == 0
+    (layer,) = [
+        x
+        for x in keras.saving.load_model(tmp_path / "x.keras").layers
+        if isinstance(x, keras.layers.BatchNormalization)
+    ]
+    mean = keras.ops.convert_to_numpy(layer.moving_mean)
+    np.testing.assert_allclose(mean, values.mean(0), rtol=1e-5)
+    if outputs == 1:
+        arguments = ["audit", "two.keras", "--data=inputs.npz"]
+        arguments += ["--labels=labels.npy", "--json"]
+        _, printed, _ = _run(tmp_path, capsys, *arguments)
+        assert json.loads(printed)["scores"]["in_inference"] < 1e-9
+    if structure != "one":
+        code, _, error = _run(
+            tmp_path, capsys, "audit", "two.keras", "--data=b.npz"
+        )
+        names = "['a', 'b']" if structure == "dictionary" else "['b', 'a']"
+        assert code == 2 and f"arrays ['b'], inputs {names}" in error
+
+
+def test_labels_of_one_of_two_outputs(tmp_path, capsys):
+    _two_inputs(tmp_path, "list", 2)
+    with np.load(tmp_path / "named.npz") as file:
+        arrays = dict(file)
+    del arrays["second"]
+    np.savez(tmp_path / "part.npz", **arrays)
+    arguments = ["audit", "two.keras", "--data=part.npz"]
+    code, _, error = _run(tmp_path, capsys, *arguments)
+    assert code == 2
+    assert "labels ['first'], outputs ['first', 'second']" in error
+
+
 def test_recalibrate(files, capsys, tmp_path):
     output = tmp_path / "mended.keras"
     code, printed, _ = _run(
@@ -149,7 +234,10 @@ def test_recalibrate_refuses_what_labels_refute(files, capsys, tmp_path):
         (["plain.keras"], "found no batch normalization"),
         (["healthy.keras", "--labels", "labels.npy"], "Give --data as well"),
         (["healthy.keras", "--data", "missing.npz"], "no such file"),
-        (["healthy.keras", "--data", "others.npz"], "Received: arrays ['a']"),
+        (
+            ["healthy.keras", "--data", "others.npz"],
+            "Received: arrays ['a'], inputs ['pixels']",
+        ),
         (["healthy.keras", "--data", "empty.npz"], "`data` is empty"),
         (["healthy.keras", "--data", "nan.npz"], "not finite"),
         (["healthy.keras", "--data", "wide.npz"], "expected axis"),
@@ -284,4 +372,6 @@ def test_usage(capsys):
         with pytest.raises(SystemExit) as end:
             keras_bn_command.main(arguments)
         assert end.value.code == 2
-    assert "usage: keras-bn" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert error.startswith("keras-bn: error: ") and "--help`" in error
+        assert error.count("\n") == 1

@@ -6,6 +6,7 @@ Exit code 1 means that `audit` found something.
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -213,7 +214,11 @@ def _content(folder):
     }
 
 
-def _assert_refused(folder, monkeypatch, capfd, *arguments):
+# What was expected has a sentence, and no name of an exception.
+_UNEXPECTED = r"keras-bn: error: [A-Za-z]+(Error|Exception|Exit): "
+
+
+def _assert_refused(folder, monkeypatch, capfd, *arguments, expected=True):
     monkeypatch.chdir(folder)
     before = _content(folder)
     capfd.readouterr()
@@ -226,6 +231,7 @@ def _assert_refused(folder, monkeypatch, capfd, *arguments):
     assert error.startswith("keras-bn: error: "), error
     assert error.count("\n") == 1 and error.endswith("\n"), error
     assert error.rstrip("\n").isprintable(), error
+    assert not (expected and re.match(_UNEXPECTED, error)), error
     assert not printed
     assert _content(folder) == before
     return error
@@ -320,7 +326,7 @@ def test_whatever_raises(error, folder, monkeypatch, capfd):
 
     monkeypatch.setattr(cli, "audit", raises)
     arguments = folder, monkeypatch, capfd, "audit", "good.keras"
-    said = _assert_refused(*arguments)
+    said = _assert_refused(*arguments, expected=False)
     assert f"error: {type(error).__name__}: " in said
     monkeypatch.setenv("KERAS_BN_TRACEBACK", "1")
     assert keras_bn_command.main(["audit", "good.keras"]) == 2
