@@ -27,13 +27,26 @@ def audit(
     Such a model trains well and fails in inference. Without data the weights
     are looked at. With data the verdict rests on the effect: what the model
     puts out in inference is compared with what it does with the statistics of
-    each batch, with labels by accuracy (where the outputs are not classes, by
-    the loss that the model was compiled with); what the weights alone make
-    likely, as too few steps for the momentum, is then a finding only if there
-    is an effect. Labels also tell which remedy is right. Where the batch's
-    statistics do better, the moving ones are stale, and
-    `keras_bn.recalibrate` mends them; where inference does better, the weights
-    were trained in inference mode, and new statistics would destroy the model.
+    each batch, with labels by the loss that the model was compiled with or, of
+    classes, by accuracy; what the weights alone make likely, as too few steps
+    for the momentum, is then a finding only if there is an effect. Labels also
+    tell which remedy is right. Where the batch's statistics do better, the
+    moving ones are stale, and `keras_bn.recalibrate` mends them; where
+    inference does better, the weights were trained in inference mode, and new
+    statistics would destroy the model.
+
+    **The score** is that of `model.evaluate`, as Keras computes it: of one or
+    several outputs, by loss weights, sample weights and masks, from losses in
+    any form that `compile` takes. Losses that layers add (`add_loss`,
+    regularizers) are left out; they are not of the labels. A `compute_loss`
+    that the model's class overrides is called instead, whatever it counts. The
+    accuracy of classes takes its place where one output has them in its last
+    axis, and the loss is a categorical one of Keras, or the labels are one-hot
+    or integers of shape `outputs.shape[:-1]`. A model that is not compiled is
+    scored by such labels alone.
+
+    The remedy is never the call that was just made: after `recalibrate` in
+    this process, also where it refused, it is another.
 
     Nothing changes: neither weights, seeds and optimizer, nor what the model
     has compiled.
@@ -46,21 +59,24 @@ def audit(
             will do. It is read once, arrays in another order; batches of fewer
             than 32 samples are joined. Batches that are sorted by class tell
             little.
-        labels: Array of labels, one for each sample of arrays; other data
-            brings its own.
+        labels: Array of labels, one for each sample of arrays, or a structure
+            of them for several outputs; other data brings its own, and sample
+            weights if it likes.
         steps: Int, how many batches to read; None: all.
         batch_size: Int, samples in a batch of arrays.
-        verbose: 1 for a progress bar while data is read, 0 for none.
+        verbose: 1 for a progress bar while data is read, where the number of
+            batches is known; 0 for none.
 
     Returns:
         `AuditReport`; its `status` is "not trained" where neither gamma, beta
         nor the optimizer ever moved, which accuses no layer.
 
     Raises:
-        ValueError: The model has no batch normalization or is not built; the
-            data is empty, ends before `steps`, has values that are not finite
-            or a shape that the model does not take; labels are given that
-            are not as many as samples, or that cannot be scored.
+        ValueError: An argument is not one of the above; the model has no batch
+            normalization or is not built; the data is empty, ends before
+            `steps`, has values that are not finite or a shape that the model
+            does not take; labels are given that are not as many as samples, or
+            that cannot be scored.
     """
     layers = built_batch_normalizations("audit", model)
     if data is None and labels is not None:

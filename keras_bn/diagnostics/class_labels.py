@@ -1,10 +1,17 @@
 """Whether labels are those of classes, and how many outputs are right."""
 
+from typing import Any
+
 import keras
 import numpy as np
 
+from keras_bn.diagnostics.batches import Batch
+from keras_bn.diagnostics.compiled_loss import CompiledLoss
 
-def accuracy(outputs, batch, masks, loss):
+
+def accuracy(
+    outputs: Any, batch: Batch, masks: Any, loss: CompiledLoss
+) -> tuple[np.ndarray, np.ndarray] | None:
     """The accuracy of each sample, or None where there are no classes.
 
     There are classes where the outputs are one tensor (samples, ..., classes)
@@ -53,7 +60,9 @@ def accuracy(outputs, batch, masks, loss):
     return _of_samples(outputs.argmax(-1) == numbers, weights)
 
 
-def _numbers(labels, shape, loss):
+def _numbers(
+    labels: np.ndarray, shape: tuple, loss: CompiledLoss
+) -> np.ndarray | None:
     """Numbers of classes of shape `shape[:-1]`, or None."""
     if labels.dtype.kind not in "biuf":
         return None
@@ -76,12 +85,12 @@ def _numbers(labels, shape, loss):
     return labels if whole else None
 
 
-def _is_one_hot(labels):
+def _is_one_hot(labels: np.ndarray) -> bool:
     ones, zeros = np.sum(labels == 1, -1), np.sum(labels == 0, -1)
     return bool(np.all((ones == 1) & (zeros == labels.shape[-1] - 1)))
 
 
-def _along(factor, shape):
+def _along(factor: Any, shape: tuple) -> np.ndarray | float | None:
     """Weights or a mask, for positions of that shape; None: of another."""
     if factor is None:
         return 1.0
@@ -93,7 +102,9 @@ def _along(factor, shape):
     return factor.reshape(factor.shape + (1,) * (len(shape) - factor.ndim))
 
 
-def _of_samples(right, weights):
+def _of_samples(
+    right: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The mean of each sample over its positions, and its weight."""
     right, weights = (
         x.reshape(len(x), -1).astype("float64") for x in (right, weights)

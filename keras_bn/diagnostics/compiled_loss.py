@@ -1,9 +1,12 @@
 """The loss that a model was compiled with, of outputs that are at hand."""
 
+from typing import Any
+
 import keras
 from keras import ops
 from keras.src.backend import set_keras_mask
 
+from keras_bn.diagnostics.batches import Batch
 from keras_bn.diagnostics.forward_passes import reason_of
 
 _CATEGORICAL = (
@@ -37,7 +40,7 @@ class CompiledLoss:
             None.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.layers.Layer):
         self._model = model
         loss = getattr(model, "loss", None)
         own = getattr(type(model), "compute_loss", None)
@@ -46,7 +49,7 @@ class CompiledLoss:
         self.classes = None if self._overridden else _categorical(loss)
         self._keras = None
 
-    def __call__(self, outputs, batch, masks=None):
+    def __call__(self, outputs: Any, batch: Batch, masks: Any = None) -> float:
         """A float: the loss of a batch.
 
         Args:
@@ -90,7 +93,7 @@ class CompiledLoss:
         )
 
 
-def shapes(structure):
+def shapes(structure: Any) -> Any:
     """The shapes of the arrays in a structure."""
     return keras.tree.map_structure(
         lambda x: None if x is None else tuple(x.shape), structure
@@ -101,7 +104,7 @@ def _tensor(x):
     return None if x is None else ops.convert_to_tensor(x)
 
 
-def _categorical(loss):
+def _categorical(loss: Any) -> Any:
     flat = keras.tree.flatten(loss)
     if len(flat) != 1 or flat[0] is None:
         return None
@@ -117,7 +120,7 @@ def _categorical(loss):
     return loss if known and getattr(loss, "axis", -1) == -1 else None
 
 
-def _of_losses_alone(model):
+def _of_losses_alone(model: keras.Model) -> keras.Model:
     """A `keras.Model` without layers that is compiled with the same losses.
 
     What Keras builds at the first call, and its metrics, is not the model's.

@@ -43,7 +43,7 @@ class OnData:
             `UNKNOWN`. None: the difference is below the thresholds, or due to
             something else.
         frozen: Whether all layers whose statistics are not those of the data
-            are frozen.
+            are frozen, or were recalibrated already.
         tried: What a recalibration of these layers would repeat: `"batch"` or
             `"layerwise"`, the method by which they have their statistics, or
             `REFUSED`, where the labels spoke for them; else None.
@@ -128,7 +128,7 @@ def look_at(model, layers, batches, labels_are_given):
             scores,
             batch.inputs,
         ),
-        all(is_frozen(x) for x in off),
+        all(is_frozen(x) for x in _untried(off) or off),
         _tried(model, layers, off, dict(zip(layers, in_training))),
         comparison is None,
     )
@@ -252,6 +252,10 @@ def _stale(on_data):
     )
 
 
+def _untried(layers):
+    return [x for x in layers if recalibrated_by(x) is None]
+
+
 def _tried(model, layers, off, in_training):
     """See `OnData.tried`.
 
@@ -262,15 +266,18 @@ def _tried(model, layers, off, in_training):
     """
     if was_refused(model, layers):
         return REFUSED
-    by = {recalibrated_by(x) for x in off} or {None}
-    if None not in by:
-        return "batch" if "batch" in by else "layerwise"
+    if not off:
+        return None
+    untried = _untried(off)
+    if not untried:
+        methods = {recalibrated_by(x) for x in off}
+        return "batch" if "batch" in methods else "layerwise"
     most = thresholds.AS_RECALIBRATED
     # Of files too, whose past nobody knows.
-    as_by_batches = off and all(
+    as_by_batches = all(
         in_training[x].mean_distance <= most
         and in_training[x].variance_log_ratio <= most
-        for x in off
+        for x in untried
     )
     return "batch" if as_by_batches else None
 

@@ -57,8 +57,8 @@ class StatisticsMonitor(keras.callbacks.Callback):
             read.
 
     Raises:
-        ValueError: an argument is not one of the above; in `fit`, the model
-            has no batch normalization.
+        ValueError: an argument is not one of the above, or a file is at
+            `log_dir`; in `fit`, the model has no batch normalization.
         ImportError: `log_dir` is given and tensorboard is not installed.
     """
 

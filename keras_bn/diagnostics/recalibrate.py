@@ -91,10 +91,10 @@ def recalibrate(
     Args:
         model: `keras.Model` or layer, built; its batch normalization, of ours
             or built into Keras, is found at any depth.
-        data: Training data without augmentation: array, list or dictionary of
-            arrays, `tf.data.Dataset`, `keras.utils.PyDataset`,
-            `torch.utils.data.DataLoader` or generator. A few thousand samples
-            will do.
+        data: Training data without augmentation: array, list, tuple,
+            dictionary or nested structure of arrays, `tf.data.Dataset`,
+            `keras.utils.PyDataset`, `torch.utils.data.DataLoader` or
+            generator. A few thousand samples will do.
         steps: Int, how many batches to read; None: all.
         method: `"batch"`: one pass, in which each batch is normalized with its
             own moments, as in training; for batches of the size of training,
@@ -103,15 +103,17 @@ def recalibrate(
             will; for batches that are so small that the moments of one (the
             variance is 7% off at 8 samples) would be carried into the layers
             above.
-        labels: Array of labels, one for each sample of arrays; other data
-            brings its own. With labels the batch's statistics are compared
-            with the moving ones first.
+        labels: Array of labels, one for each sample of arrays, or a structure
+            of them for several outputs; other data brings its own. With labels
+            the batch's statistics are compared with the moving ones first, by
+            the score that `audit` describes.
         force: Whether to go on where the labels say that the weights were
             trained for the moving statistics.
         frozen: Whether layers that do not update in training either
             (`trainable=False`, or our switches) are recalibrated too.
         batch_size: Int, samples in a batch of arrays.
-        verbose: 1 for a progress bar, 0 for none.
+        verbose: 1 for a progress bar, where the number of batches is known;
+            0 for none.
 
     Returns:
         `Recalibration`: a `RecalibratedLayer` for each layer.
@@ -121,9 +123,10 @@ def recalibrate(
             normalization, is not built, or all of it is frozen; the data is
             empty, ends before `steps`, is not finite, not what the model
             takes, or makes inputs of a layer that are not finite; a layer is
-            called in a loop that the framework compiles; or the labels say
-            that inference is better than the batch's statistics. In every
-            case, interrupted too, the statistics stay what they were.
+            called in a loop that the framework compiles; the labels cannot be
+            scored, or say that inference is better than the batch's
+            statistics. In every case, interrupted too, the statistics stay
+            what they were.
     """
     return recalibrate_by(
         ForwardPasses(model),

@@ -1,5 +1,7 @@
 """How well a model does, in inference and with the statistics of batches."""
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -32,17 +34,23 @@ class Comparison:
         in_inference, with_batch: Floats, the scores.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.layers.Layer):
         self._loss = CompiledLoss(model)
         # Until a batch tells that it cannot be either; then it is None.
         self._accuracies, self._losses = _Scores(), _Scores()
         self._why = None
 
     @property
-    def name(self):
+    def name(self) -> str:
         return "loss" if self._accuracies is None else "accuracy"
 
-    def add(self, in_inference, with_batch, batch, masks=None):
+    def add(
+        self,
+        in_inference: Any,
+        with_batch: Any,
+        batch: Batch,
+        masks: Any = None,
+    ) -> None:
         """Adds a batch of outputs in both modes.
 
         Args:
@@ -62,19 +70,19 @@ class Comparison:
             raise self._why
 
     @property
-    def counted(self):
+    def counted(self) -> bool:
         """Whether there were any samples."""
         return self._scores.counted
 
     @property
-    def in_inference(self):
+    def in_inference(self) -> float:
         return float(self._scores.means()[0])
 
     @property
-    def with_batch(self):
+    def with_batch(self) -> float:
         return float(self._scores.means()[1])
 
-    def lost_with_batch(self):
+    def lost_with_batch(self) -> float:
         """How much worse the batch's statistics are; negative if better.
 
         In accuracy. For a loss in its logarithm, or, where a loss is not
@@ -93,7 +101,7 @@ class Comparison:
             return float((means[1] - means[0]) / self._scores.size())
         return float(np.diff(np.log(np.maximum(means, _SMALLEST)))[0])
 
-    def standard_error(self):
+    def standard_error(self) -> float:
         """Of `lost_with_batch`: of samples in pairs, or of batches if larger.
 
         The samples of a batch share its statistics, and are not independent.
@@ -103,7 +111,7 @@ class Comparison:
             return 0.0
         return self._scores.standard_error(relative=self.name == "loss")
 
-    def least(self):
+    def least(self) -> float:
         """What has to be lost in the worse mode to be more than chance.
 
         In inference, more than a moving average costs that lags behind.
@@ -120,8 +128,8 @@ class Comparison:
         odds = right / max(1.0 - right, 1e-9) * np.exp(-LOST_BY_LAG)
         return right - odds / (1.0 + odds)
 
-    def better(self, by=0.0):
-        """"in_inference", "with_batch", or None where that is not certain.
+    def better(self, by: float = 0.0) -> str | None:
+        """ "in_inference", "with_batch", or None where that is not certain.
 
         Args:
             by: By how much at least, as in `lost_with_batch`.
