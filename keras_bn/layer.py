@@ -310,9 +310,6 @@ class BatchNormalization(SwitchedLayer):
                 as_vector(v, dtype)
                 for v in (self.moving_mean, self.moving_variance)
             ]
-            if mode.updates:
-                # PyTorch updates in place what the gradients still need.
-                moving = [ops.copy(v) for v in moving]
             outputs = kernels.normalize_with(
                 inputs, *moving, gamma, beta, axis=axis, epsilon=self.epsilon
             )

@@ -394,6 +394,8 @@ def _on_rank(rank, folder):
     )
     results = [_under_ddp(rank, *setup) for setup in SETUPS]
     torch.save(results, folder / f"rank-{rank}")
+    gradient = _broadcast_before_backward(rank)
+    torch.save(gradient, folder / f"gradient-{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -432,11 +434,37 @@ def _under_ddp(rank, name, synchronized, broadcast):
     return stages, model.state_dict()
 
 
+def _broadcast_before_backward(rank):
+    """The gradient of inputs that statistics normalized which changed since.
+
+    The second forward pass gives this rank the statistics of rank 0.
+    """
+    layer = OURS(
+        epsilon=0.0, use_moving_statistics=True, update_moving_statistics=False
+    )
+    model = keras.Sequential([keras.Input((4,)), layer])
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    layer.moving_variance.assign([4.0] * 4)
+    inputs = _inputs(rank).requires_grad_()
+    outputs = parallel(inputs, training=True)
+    if rank == 0:
+        layer.moving_variance.assign([9.0] * 4)
+    others = parallel(_inputs(2 + rank), training=True)
+    (outputs.sum() + others.sum()).backward()
+    assert layer.moving_variance.value.tolist() == [9.0] * 4
+    return inputs.grad
+
+
 @pytest.fixture(scope="module")
-def of_ranks(tmp_path_factory):
+def ddp_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     torch.multiprocessing.spawn(_on_rank, args=(folder,), nprocs=2)
-    ranks = [torch.load(folder / f"rank-{rank}") for rank in (0, 1)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_ranks(ddp_folder):
+    ranks = [torch.load(ddp_folder / f"rank-{rank}") for rank in (0, 1)]
     return dict(zip(SETUPS, zip(*ranks)))
 
 
@@ -458,6 +486,15 @@ def test_distributed_data_parallel(of_ranks, setup):
         agree = synchronized or broadcast or "/moving_" not in key
         assert torch.equal(value, other_state[key]) == agree, key
     assert any(key.endswith("moving_mean") for key in state)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_statistics_that_are_broadcast_before_the_backward_pass(
+    ddp_folder, rank
+):
+    gradient = torch.load(ddp_folder / f"gradient-{rank}")
+    # 1 / sqrt(variance), of what the forward pass had.
+    np.testing.assert_array_equal(gradient, np.full((8, 4), 0.5))
 
 
 def test_broadcasting_changes_nothing_that_agrees(of_ranks):

@@ -74,6 +74,7 @@ def normalize_batch(
         `(outputs, mean, variance, count)`: `outputs` like `inputs`, the rest
         as from `batch_moments`.
     """
+    gamma = _as_now(gamma)
     if _is_seen_through():
         if replicas is not None:
             raise ValueError(
@@ -107,6 +108,7 @@ def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
     Returns:
         `outputs` like `inputs`; their gradient goes to every tensor.
     """
+    gamma, mean, variance = map(_as_now, (gamma, mean, variance))
     if _is_seen_through():
         return plain.outputs(inputs, gamma, beta, mean, variance, axis, epsilon)
     far = _is_far(mean, variance)
@@ -124,7 +126,9 @@ def normalize_ghost_batches(
         with a row for each part.
     """
     if mask is None and _has_native_parts(inputs):
-        return _NormalizeParts.apply(inputs, gamma, beta, axis, epsilon, size)
+        return _NormalizeParts.apply(
+            inputs, _as_now(gamma), beta, axis, epsilon, size
+        )
     parts = inputs.split(size)
     masks = [mask] * len(parts)
     if mask is not None and len(mask) > 1:
@@ -313,6 +317,16 @@ class _NormalizeParts(torch.autograd.Function):
             for gradient, needed in zip_longest(gradients, ctx.needs_input_grad)
         ]
         return tuple(gradients)
+
+
+def _as_now(vector):
+    """A copy that the backward pass may keep.
+
+    The vector may be a variable, to which values are assigned in place.
+    """
+    if vector is None or not torch.is_grad_enabled():
+        return vector
+    return vector.clone()
 
 
 def _each_part(x, gamma, beta, epsilon, rows):
