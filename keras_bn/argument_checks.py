@@ -148,6 +148,15 @@ def refuse_axis_of_samples(axis, input_shape):
         )
 
 
+def refuse_ragged_ghost_batches(size, shape):
+    """Raises ValueError: the rows of ragged inputs are no samples."""
+    raise ValueError(
+        "Ghost batches are of whole samples, which ragged inputs do not keep "
+        f"together. Received: virtual_batch_size={size} and ragged inputs of "
+        f"shape {tuple(shape)}. Pad them and give a mask."
+    )
+
+
 def fraction(name, value):
     """`value` as a float in [0, 1], else ValueError."""
     number = _number(name, value)

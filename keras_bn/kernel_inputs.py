@@ -37,6 +37,26 @@ def as_kernels_see(inputs, mask, sizes):
     return inputs, *merge_channel_axes(inputs, axes), mask
 
 
+def axes_of_rows(sizes, rank, shape):
+    """The channel axes of ragged inputs, in the tensor of their rows.
+
+    Args:
+        sizes: As for `as_kernels_see`, of the ragged inputs.
+        rank: How many axes, after the first one, are in the rows' first.
+        shape: Of the ragged inputs.
+
+    Raises:
+        ValueError: a channel axis is among those.
+    """
+    if min(sizes) <= rank:
+        raise ValueError(
+            f"The channel axis must come after the ragged axes 1 to {rank}. "
+            f"Received: channel axis {min(sizes)} of "
+            f"inputs.shape={tuple(shape)}."
+        )
+    return {axis - rank: size for axis, size in sizes.items()}
+
+
 def counts_of_parts(shape, axis, size):
     """How many positions each part of a batch has that is split by `size`.
 

@@ -15,12 +15,14 @@ from keras_bn.argument_checks import fraction
 from keras_bn.argument_checks import not_negative
 from keras_bn.argument_checks import refuse_axis_name_off_jax
 from keras_bn.argument_checks import refuse_axis_of_samples
+from keras_bn.argument_checks import refuse_ragged_ghost_batches
 from keras_bn.channel_axes import split_channel_axes
 from keras_bn.channel_axes import weights_shape
 from keras_bn.config import config_of
 from keras_bn.dtypes import as_floats
 from keras_bn.dtypes import moments_dtype
 from keras_bn.kernel_inputs import as_kernels_see
+from keras_bn.kernel_inputs import axes_of_rows
 from keras_bn.kernel_inputs import counts_of_parts
 from keras_bn.moving_statistics import as_vector
 from keras_bn.moving_statistics import assign_where_counted
@@ -131,7 +133,10 @@ class BatchNormalization(SwitchedLayer):
 
     Call arguments:
         inputs: Tensor of rank 2 or more; any float dtype, integers count as
-            float32, or float64 where that is the compute dtype.
+            float32, or float64 where that is the compute dtype. Of a
+            `tf.RaggedTensor`, or a jagged nested tensor of PyTorch, all rows
+            are normalized together; the channel axis comes after the ragged
+            ones, and a mask is ragged too. Sparse tensors are refused.
         training: Bool, whether to normalize with the batch's moments. With
             `trainable = False` the layer runs as in inference regardless, as
             in Keras.
@@ -145,7 +150,8 @@ class BatchNormalization(SwitchedLayer):
     Raises:
         ValueError: an argument is out of its range; when the layer is built,
             `axis` is not an axis of the inputs or the number of channels is
-            unknown; in the call, the shape of `mask` does not fit.
+            unknown; in the call, the shape of `mask` does not fit, inputs are
+            sparse, or ragged and to be trained in ghost batches.
     """
 
     def __init__(
@@ -292,10 +298,20 @@ class BatchNormalization(SwitchedLayer):
         return input_shape
 
     def call(self, inputs, training=None, mask=None):
-        sizes = self.input_spec.axes
-        inputs, merged, axis, mask = as_kernels_see(inputs, mask, sizes)
         mode = mode_of(self, training)
         self._compiled_functions.note(training, mode)
+        sizes = self.input_spec.axes
+        ragged = kernels.rows_of(inputs, mask)
+        if ragged is None:
+            return self._call_on_dense(inputs, mask, sizes, mode)
+        rows, mask, rank, restore = ragged
+        if self.virtual_batch_size is not None and mode.training:
+            refuse_ragged_ghost_batches(self.virtual_batch_size, inputs.shape)
+        sizes = axes_of_rows(sizes, rank, inputs.shape)
+        return restore(self._call_on_dense(rows, mask, sizes, mode))
+
+    def _call_on_dense(self, inputs, mask, sizes, mode):
+        inputs, merged, axis, mask = as_kernels_see(inputs, mask, sizes)
         outputs = self._normalize(merged, axis, mask, mode)
         return split_channel_axes(outputs, inputs, tuple(sizes))
 

@@ -38,6 +38,12 @@ mask=None)`
 `normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon)`
     `outputs`, normalized with moments that do not depend on `inputs`.
 
+`rows_of(inputs, mask)`
+    None for dense `inputs`. For ragged ones `(rows, mask, rank, restore)`: all
+    rows one after the other in a dense tensor, their mask or None, and how many
+    axes came to lie in its first one besides the first; `restore(rows)` has
+    the raggedness of `inputs`. ValueError for sparse inputs.
+
 `is_recomputation()`
     Whether the call is known to repeat a forward pass for the backward one,
     as gradient checkpointing does.
@@ -56,6 +62,7 @@ if keras.backend.backend() == "tensorflow":
     from keras_bn.kernels.tensorflow import normalize_batch
     from keras_bn.kernels.tensorflow import normalize_ghost_batches
     from keras_bn.kernels.tensorflow import normalize_with
+    from keras_bn.kernels.tensorflow.ragged import rows_of
     from keras_bn.kernels.tensorflow.replicas import find_replicas
 elif keras.backend.backend() == "jax":
     from keras_bn.kernels.jax import batch_moments
@@ -63,6 +70,7 @@ elif keras.backend.backend() == "jax":
     from keras_bn.kernels.jax import normalize_batch
     from keras_bn.kernels.jax import normalize_ghost_batches
     from keras_bn.kernels.jax import normalize_with
+    from keras_bn.kernels.jax.ragged import rows_of
     from keras_bn.kernels.jax.replicas import find_replicas
 else:
     from keras_bn.kernels.torch import batch_moments
@@ -70,6 +78,7 @@ else:
     from keras_bn.kernels.torch import normalize_ghost_batches
     from keras_bn.kernels.torch import normalize_with
     from keras_bn.kernels.torch.checkpointing import is_recomputation
+    from keras_bn.kernels.torch.ragged import rows_of
     from keras_bn.kernels.torch.replicas import find_replicas
 
 __all__ = [
@@ -79,4 +88,5 @@ __all__ = [
     "normalize_batch",
     "normalize_ghost_batches",
     "normalize_with",
+    "rows_of",
 ]
