@@ -21,7 +21,12 @@ _KEPT_BY_KERAS = {
     "test_step": "test_function",
     "predict_step": "predict_function",
 }
-_NOT_THE_USERS = ("keras", "keras_bn", "tensorflow", "torch")
+_RUNS = {
+    "train_function": "Training",
+    "test_function": "Evaluation",
+    "predict_function": "Prediction",
+}
+_NOT_THE_USERS = ("jax", "keras", "keras_bn", "tensorflow", "torch")
 
 _unnoticed = contextvars.ContextVar("unnoticed", default=False)
 
@@ -45,91 +50,238 @@ class CompiledFunctions:
     def __init__(self):
         self._traces = {}
 
-    def note(self, training, did):
-        """To be called when the layer is, with `did`, what it then does."""
+    def note(self, training, settings):
+        """To be called when the layer is, with its settings.
+
+        Args:
+            training: As the layer was called.
+            settings: Function that returns the `Settings`, asked for where the
+                call is compiled.
+        """
         if _unnoticed.get() or not _is_compiling():
             return
-        self._traces = {t: d for t, d in self._traces.items() if t.is_in_use()}
+        self._traces = {t: then for t, then in self._in_use()}
         trace = _trace(bool(training))
-        self._traces[trace] = did
+        self._traces[trace] = settings()
         if trace.model is not None:
             _warn_if_optimizer_is_older(trace.model())
 
-    def warn_if_outdated(self, setting, would_do):
-        """Warns where `would_do(training)` is not what was traced.
-
-        The layer is not named: Python says the same sentence once for a line
-        of the user's, and `model.trainable = False` sets a hundred layers.
+    def outdated(self, layer, model=None):
+        """Which functions do otherwise than the layer is set to now.
 
         Args:
-            setting: What was just set on the layer, as the user would type it.
-            would_do: Function of `training`, what the layer does from now on.
-        """
-        if self.is_outdated(would_do):
-            warnings.warn(
-                f"{setting} on a BatchNormalization does not reach the "
-                "functions that were compiled with it before; call "
-                "`model.compile(...)` again, or trace your own function again.",
-                stacklevel=stacklevel_of_user(),
-            )
+            layer: The layer.
+            model: None for all functions in use. Else those of this model and
+                of the user's own, and what may have been set for another model
+                is left out.
 
-    def is_outdated(self, would_do):
-        """Whether `would_do(training)` is not what a trace in use did."""
-        return any(
-            trace.is_in_use() and did != would_do(trace.training)
-            for trace, did in self._traces.items()
+        Returns:
+            List of `(trace, names)`: a function, and the settings that make a
+            difference to it.
+        """
+        found = []
+        for trace, then in self._in_use():
+            names = then.that_differ(layer.settings(), trace.training)
+            if model is not None:
+                if trace.model is not None and trace.model() is not model:
+                    continue
+                if "trainable" in names and is_of_several_models(layer, model):
+                    names.remove("trainable")
+            if names:
+                found.append((trace, names))
+        return found
+
+    def models(self):
+        """Those with a function in use, and None for one of the user's own."""
+        return [t.model and t.model() for t, _ in self._in_use()]
+
+    def _in_use(self):
+        return [x for x in self._traces.items() if x[0].is_in_use()]
+
+
+def is_of_several_models(layer, model):
+    """Whether `trainable` may have been set on a layer for another model.
+
+    A discriminator trains by itself and is frozen in the model that trains the
+    generator. Each goes on with what `trainable` was when it was compiled.
+
+    Args:
+        layer: Layer of `model`.
+        model: `keras.Model`, or layer.
+    """
+    parts = [
+        part
+        for part in model._flatten_layers(include_self=False)
+        if isinstance(part, keras.Model)
+    ]
+    functions = getattr(layer, "_compiled_functions", CompiledFunctions())
+    return (
+        any(other is not model for other in functions.models())
+        or bool(model._inbound_nodes)
+        or any(p.compiled and layer in p._flatten_layers() for p in parts)
+    )
+
+
+def warn_when_run(trace, layer):
+    """Warns when a model's function is run that is outdated by then.
+
+    That is not known when `layer` is set: the model may be compiled again, or
+    not be used any more.
+    """
+    model = trace.model()
+    kept = getattr(model, trace.kept_as)
+    if not isinstance(kept, _Watched):
+        kept = _Watched(model, trace.kept_as)
+        setattr(model, trace.kept_as, kept)
+    kept.watch(layer)
+
+
+def warn_of_own_functions(setting):
+    """Warns that a setting does not reach a function of the user's own.
+
+    The layer is not named: Python says the same sentence once for a line of
+    the user's, which may set a hundred layers.
+    """
+    warnings.warn(
+        f"{setting} on a BatchNormalization does not reach a function of your "
+        "own that was traced with it before (by tf.function or jax.jit); "
+        "trace it again if you go on using it.",
+        stacklevel=stacklevel_of_user(),
+    )
+
+
+class _Watched:
+    """Stands for a compiled function of a model until it is run.
+
+    Args:
+        model: `keras.Model`.
+        kept_as: The attribute that is the function, and will be this object.
+    """
+
+    def __init__(self, model, kept_as):
+        self.function = getattr(model, kept_as)
+        self._model = weakref.ref(model)
+        self._kept_as = kept_as
+        self._layers = weakref.WeakSet()
+
+    def watch(self, layer):
+        self._layers.add(layer)
+
+    def __call__(self, *args):
+        model = self._model()
+        if getattr(model, self._kept_as) is self:
+            # Once is enough, and this costs nothing from now on.
+            setattr(model, self._kept_as, self.function)
+            self._warn_if_outdated(model)
+        return self.function(*args)
+
+    def _warn_if_outdated(self, model):
+        if self._kept_as == "train_function" and _optimizer_is_older(model):
+            # JAX traces again, which comes to `note`.
+            return
+        outdated = {
+            layer: names
+            for layer in self._layers
+            for trace, names in layer.outdated_functions(model)
+            if trace.function() is self.function
+        }
+        if not outdated:
+            return
+        first = min(outdated, key=lambda layer: layer.name)
+        settings = [f"{n}={getattr(first, n)}" for n in outdated[first]]
+        others = f" and {len(outdated) - 1} more" if len(outdated) > 1 else ""
+        warnings.warn(
+            f"{_RUNS[self._kept_as]} of model {model.name!r} goes on as it was "
+            f"compiled, before {', '.join(settings)} was set on its "
+            f"BatchNormalization {first.name!r}{others}; call `compile` of "
+            "that model again.",
+            stacklevel=stacklevel_of_user(),
         )
 
 
 class _Trace(typing.NamedTuple):
     training: bool
-    # None, None and "" for a function of the user's own: nobody knows for how
-    # long it is in use.
+    # None and "" for a function of the user's own.
     model: weakref.ref | None = None
-    function: weakref.ref | None = None
     kept_as: str = ""
+    # None where nobody knows for how long it is in use, as on JAX.
+    function: weakref.ref | None = None
 
     def is_in_use(self):
-        if self.model is None:
+        if self.function is None:
             return True
         function = self.function()
-        kept = getattr(self.model(), self.kept_as, None)
-        return function is not None and kept is function
+        if self.model is None or function is None:
+            return function is not None
+        model = self.model()
+        return model is not None and _function(model, self.kept_as) is function
+
+
+def _function(model, kept_as):
+    kept = getattr(model, kept_as)
+    return kept.function if isinstance(kept, _Watched) else kept
 
 
 def _trace(training):
     """The trace that is being made, found by who asked for it."""
+    own = None
     frame = sys._getframe()
     while frame is not None:
-        kept_as = _KEPT_BY_KERAS.get(frame.f_code.co_name)
-        model = frame.f_locals.get("self") if kept_as else None
-        if isinstance(model, keras.Model):
-            function = getattr(model, kept_as)
+        name = frame.f_code.co_name
+        caller = None
+        if name in _KEPT_BY_KERAS or name == "__call__":
+            caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.Model) and name in _KEPT_BY_KERAS:
+            function = _function(caller, _KEPT_BY_KERAS[name])
             if function is not None:
-                refs = weakref.ref(model), weakref.ref(function)
-                return _Trace(training, *refs, kept_as)
+                refs = weakref.ref(caller), weakref.ref(function)
+                return _Trace(training, refs[0], _KEPT_BY_KERAS[name], refs[1])
+        if _is_tf_function(caller):
+            own = weakref.ref(caller)
         frame = frame.f_back
-    return _Trace(training)
+    return _Trace(training, function=own)
+
+
+def _is_tf_function(value):
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return isinstance(value, tf.types.experimental.PolymorphicFunction)
 
 
 def _warn_if_optimizer_is_older(model):
     """Warns before JAX fails: an optimizer holds other weights than it trains.
 
     So it is after `trainable` was set on a model that was loaded, whose
-    optimizer is there before any trace.
+    optimizer is there before any trace, or is not set back before a model
+    trains that was compiled with the other value.
     """
-    if keras.backend.backend() != "jax" or not model.compiled:
-        return
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    known = getattr(optimizer, "_trainable_variables", None)
-    if optimizer.built and len(known) != len(model.trainable_variables):
+    if _optimizer_is_older(model):
+        trained = model.trainable_variables
         warnings.warn(
-            f"The optimizer holds {len(known)} weights and the model trains "
-            f"{len(model.trainable_variables)}, since `trainable` or "
-            "`train_gamma_and_beta` was set after they met; call "
-            "`model.compile(...)` again.",
+            f"The optimizer of model {model.name!r} holds "
+            f"{len(_known_to_optimizer(model))} weights and the model trains "
+            f"{len(trained)}, since `trainable` or `train_gamma_and_beta` was "
+            "set after they met; set it back before this model trains, or "
+            "call `compile` of that model again.",
             stacklevel=stacklevel_of_user(),
         )
+
+
+def _optimizer_is_older(model):
+    if keras.backend.backend() != "jax" or not model.compiled:
+        return False
+    known = _known_to_optimizer(model)
+    return known is not None and len(known) != len(model.trainable_variables)
+
+
+def _known_to_optimizer(model):
+    """The weights that an optimizer was built for, or None."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if optimizer is None or not optimizer.built:
+        return None
+    return optimizer._trainable_variables
 
 
 def _is_compiling():

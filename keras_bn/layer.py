@@ -38,7 +38,6 @@ from keras_bn.renormalization import is_scheduled
 from keras_bn.renormalization import renormalized
 from keras_bn.renormalization import updates_of_reference
 from keras_bn.switches import SwitchedLayer
-from keras_bn.switches import mode_of
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
@@ -128,8 +127,10 @@ class BatchNormalization(SwitchedLayer):
         **kwargs: Those of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
 
     The last three and `trainable` are attributes that can be set later. A
-    function that was compiled with the layer before does not follow; setting
-    them then warns (UserWarning) and names the call that mends it.
+    function that was compiled with the layer before does not follow. Where
+    `fit`, `evaluate` or `predict` then runs one, a UserWarning names the model
+    to compile again; not for `trainable` where the layer is in several models,
+    which may each have a value of their own.
 
     Call arguments:
         inputs: Tensor of rank 2 or more; any float dtype, integers count as
@@ -298,8 +299,8 @@ class BatchNormalization(SwitchedLayer):
         return input_shape
 
     def call(self, inputs, training=None, mask=None):
-        mode = mode_of(self, training)
-        self._compiled_functions.note(training, mode)
+        mode = self.settings().mode(training)
+        self._compiled_functions.note(training, self.settings)
         sizes = self.input_spec.axes
         ragged = kernels.rows_of(inputs, mask)
         if ragged is None:

@@ -9,6 +9,8 @@ import typing
 import keras
 
 from keras_bn.compiled_functions import CompiledFunctions
+from keras_bn.compiled_functions import warn_of_own_functions
+from keras_bn.compiled_functions import warn_when_run
 
 
 class Switch:
@@ -56,24 +58,43 @@ class Mode(typing.NamedTuple):
     trains: bool
 
 
-def mode_of(layer, training):
-    """The `Mode` of a call with `training`, as the layer is set now."""
-    training = bool(training and layer.trainable)
-    with_batch = training
-    if layer.use_moving_statistics is not None:
-        with_batch = not layer.use_moving_statistics
-    return Mode(
-        training,
-        with_batch,
-        training and layer.update_moving_statistics,
-        training and layer.train_gamma_and_beta,
-    )
+class Settings(typing.NamedTuple):
+    """What is set on a layer that makes a difference to a call."""
+
+    use_moving_statistics: bool | None
+    update_moving_statistics: bool
+    train_gamma_and_beta: bool
+    trainable: bool
+
+    def mode(self, training):
+        """The `Mode` of a call with `training`."""
+        training = bool(training and self.trainable)
+        with_batch = training
+        if self.use_moving_statistics is not None:
+            with_batch = not self.use_moving_statistics
+        return Mode(
+            training,
+            with_batch,
+            training and self.update_moving_statistics,
+            training and self.train_gamma_and_beta,
+        )
+
+    def that_differ(self, others, training):
+        """The names of those that by themselves make another `Mode`."""
+        mode = self.mode(training)
+        return [
+            name
+            for name, value in others._asdict().items()
+            if self._replace(**{name: value}).mode(training) != mode
+        ]
 
 
 class SwitchedLayer(keras.layers.Layer):
     """A layer with `gamma` and `beta`, either may be None, and the switches.
 
-    Setting one of them, or `trainable`, warns where it comes too late.
+    Where one of them, or `trainable`, is set too late for a function that was
+    compiled, a UserWarning says so: when a model runs it, or, for a function of
+    the user's own, when the switch is set.
     """
 
     def __init__(self, **kwargs):
@@ -98,16 +119,29 @@ class SwitchedLayer(keras.layers.Layer):
         """Puts into effect what was set, and says where it is too late."""
         if name == "train_gamma_and_beta":
             self.mark_gamma_and_beta()
-        self._compiled_functions.warn_if_outdated(
-            f"{name}={getattr(self, name)}",
-            lambda training: mode_of(self, training),
+        own = False
+        for trace, names in self.outdated_functions():
+            if trace.model is not None:
+                warn_when_run(trace, self)
+            else:
+                own = own or name in names
+        # Of a function of the user's own nobody knows whether it will be run,
+        # nor whom `trainable` is meant for.
+        if own and name != "trainable":
+            warn_of_own_functions(f"{name}={getattr(self, name)}")
+
+    def settings(self):
+        """The `Settings` as they are now."""
+        return Settings(
+            self.use_moving_statistics,
+            self.update_moving_statistics,
+            self.train_gamma_and_beta,
+            self.trainable,
         )
 
-    def is_outdated_in_functions(self):
-        """Whether a function in use does what the layer was set to before."""
-        return self._compiled_functions.is_outdated(
-            lambda training: mode_of(self, training)
-        )
+    def outdated_functions(self, model=None):
+        """`CompiledFunctions.outdated` of this layer."""
+        return self._compiled_functions.outdated(self, model)
 
     def mark_gamma_and_beta(self):
         """Makes the weights trainable or not, without changing their order."""

@@ -3,6 +3,7 @@
 import numpy as np
 from keras import ops
 
+from keras_bn.compiled_functions import is_of_several_models
 from keras_bn.diagnostics import thresholds
 from keras_bn.diagnostics.audit_report import Finding
 from keras_bn.diagnostics.initial_values import gamma_and_beta_have_moved
@@ -258,7 +259,7 @@ def _set_after_compile(model, layers):
     findings = []
     known = _variables_of_optimizer(model)
     for layer in layers:
-        change = _changed_after_compile(layer, known)
+        change = _changed_after_compile(model, layer, known)
         if change is not None:
             findings.append(
                 Finding(
@@ -283,14 +284,14 @@ def _variables_of_optimizer(model):
     return {id(v) for v in optimizer._trainable_variables}
 
 
-def _changed_after_compile(layer, known):
+def _changed_after_compile(model, layer, known):
     weights = [v for v in (layer.gamma, layer.beta) if v is not None]
     if known is not None and weights:
         trained = id(weights[0]) in known
         # What an optimizer knows of is trained where the layer allows it.
         trainable = layer.trainable and weights[0].trainable
-        if trained != trainable:
+        if trained != trainable and not is_of_several_models(layer, model):
             return "thawed" if trainable else "frozen"
-    if isinstance(layer, SwitchedLayer) and layer.is_outdated_in_functions():
+    if isinstance(layer, SwitchedLayer) and layer.outdated_functions(model):
         return "frozen" if is_frozen(layer) else "switched"
     return None

@@ -279,6 +279,35 @@ def _flip(layer, name, value):
     return _warned(lambda: setattr(layer, name, value))
 
 
+def _train(model):
+    """A step of `fit`; with a flip of what trains it fails on JAX."""
+    inputs = _values(3, (16, 3))
+    try:
+        model.fit(inputs, inputs, batch_size=16, verbose=0)
+    except ValueError:
+        assert frameworks.IS_JAX
+
+
+def _compiled_before(model, name, value, kind="Training"):
+    """What is said where a function of `model` is run too late."""
+    layer = model.layers[-1].name
+    return (
+        f"{kind} of model {model.name!r} goes on as it was compiled, "
+        f"before {name}={value} was set on its BatchNormalization {layer!r}; "
+        "call `compile` of that model again."
+    )
+
+
+def _other_weights(model):
+    """What is said on JAX, where the step then fails."""
+    return (
+        f"The optimizer of model {model.name!r} holds 4 weights and the model "
+        f"trains {len(model.trainable_variables)}, since `trainable` or "
+        "`train_gamma_and_beta` was set after they met; set it back before "
+        "this model trains, or call `compile` of that model again."
+    )
+
+
 @pytest.mark.parametrize("name", FLIPS)
 def test_a_flip_before_and_after_compile(name):
     model = _model()
@@ -288,29 +317,41 @@ def test_a_flip_before_and_after_compile(name):
     assert not _flip(layer, name, FLIPS[name])
     assert not _flip(layer, name, usual)
     assert _fit(model) == ALL
-    assert not _flip(layer, name, usual)
-
-    caught = _flip(layer, name, FLIPS[name])
-    assert len(caught) == COMPILES
-    for warning in caught:
-        message = str(warning.message)
-        assert f"{name}={FLIPS[name]}" in message
-        assert "on a BatchNormalization does not reach" in message
-        assert "model.compile(...)" in message
-        assert warning.filename == __file__
-    # The same value again, and back to what was compiled.
+    # There and back: what was compiled is run as the layer is set.
     assert not _flip(layer, name, FLIPS[name])
     assert not _flip(layer, name, usual)
-    assert len(_flip(layer, name, FLIPS[name])) == COMPILES
+    assert not _warned(lambda: _train(model))
 
-    if frameworks.IS_TENSORFLOW:
-        assert _fit(model) == ALL
+    # Compiled again before it is run.
+    assert not _flip(layer, name, FLIPS[name])
     _compile(model)
-    # Nothing that is compiled is left.
-    assert not _flip(layer, name, usual)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert _fit(model) == CHANGED[name]
+        assert not _flip(layer, name, usual)
+        _compile(model)
+        assert _fit(model) == ALL
+
+    # Not compiled again.
+    if frameworks.IS_TORCH:
+        return
     assert not _flip(layer, name, FLIPS[name])
-    assert _fit(model) == CHANGED[name]
-    assert len(_flip(layer, name, usual)) == COMPILES
+    caught = _warned(lambda: _train(model))
+    fails = frameworks.IS_JAX and not name.endswith("moving_statistics")
+    said = (
+        _other_weights(model)
+        if fails
+        else _compiled_before(model, name, FLIPS[name])
+    )
+    assert [str(w.message) for w in caught] == [said]
+    assert caught[0].filename == __file__
+    if not fails:
+        # Said once for what was set.
+        assert not _warned(lambda: _train(model))
+        assert not _flip(layer, name, usual)
+        assert not _warned(lambda: _train(model))
+        _flip(layer, name, FLIPS[name])
+        assert len(_warned(lambda: _train(model))) == 1
 
 
 @pytest.mark.parametrize("name", FLIPS)
@@ -340,7 +381,7 @@ def test_a_flip_of_a_model_that_was_loaded(name, tmp_path):
         return loaded
 
     if frameworks.IS_JAX:
-        with pytest.warns(UserWarning, match="call `model.compile"):
+        with pytest.warns(UserWarning, match="call `compile` of that model"):
             with pytest.raises(ValueError, match="1:1"):
                 _fit(flipped())
     with warnings.catch_warnings():
@@ -369,17 +410,23 @@ def test_the_normalizers_that_fit_uses_after_compile(name):
 
 
 def test_a_whole_model_made_not_trainable():
-    inner = keras.Sequential([keras.Input((3,)), OURS(), OURS()])
+    """One warning, for as many layers as there are."""
+    inner = keras.Sequential(
+        [keras.Input((3,)), OURS(name="a"), OURS(name="b")]
+    )
     inputs = keras.Input((3,))
     model = _compile(keras.Model(inputs, keras.layers.Dense(3)(inner(inputs))))
     _fit(model)
-
-    def freeze():
-        model.trainable = False
-
-    assert len(_warned(freeze)) == 2 * COMPILES
+    model.trainable = False
+    if frameworks.IS_TENSORFLOW:
+        (warning,) = _warned(lambda: _fit(model))
+        assert "BatchNormalization 'a' and 1 more;" in str(warning.message)
     _compile(model)
-    assert _fit(model) == set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        # Keras says that nothing trains.
+        warnings.filterwarnings("ignore", message=".*any trainable weights")
+        assert _fit(model) == set()
 
 
 def test_evaluate_and_predict():
@@ -387,11 +434,52 @@ def test_evaluate_and_predict():
     model = _model()
     layer = model.layers[-1]
     inputs = _values(3, (16, 3))
-    model.predict(inputs, verbose=0)
-    model.evaluate(inputs, inputs, verbose=0)
+
+    def evaluate():
+        model.evaluate(inputs, inputs, verbose=0)
+
+    def predict():
+        model.predict(inputs, verbose=0)
+
+    def test_on_batch():
+        model.test_on_batch(inputs, inputs)
+
+    predict()
+    evaluate()
     for name, value in FLIPS.items():
-        assert not _flip(layer, name, value)
-    assert len(_flip(layer, "use_moving_statistics", False)) == COMPILES
+        setattr(layer, name, value)
+        setattr(layer, name, DEFAULTS.get(name, True))
+    layer.update_moving_statistics = False
+    assert not _warned(evaluate) + _warned(predict)
+    for run, kind in (
+        (evaluate, "Evaluation"),
+        (predict, "Prediction"),
+        (test_on_batch, "Evaluation"),
+    ):
+        layer.use_moving_statistics = None
+        layer.use_moving_statistics = False
+        said = [
+            _compiled_before(model, "use_moving_statistics", False, kind)
+        ] * COMPILES
+        assert [str(w.message) for w in _warned(run)] == said
+
+
+def test_a_callback_that_flips_in_the_middle_of_fit():
+    model = _model()
+    layer = model.layers[-1]
+
+    def flip(batch, logs):
+        layer.update_moving_statistics = batch > 0
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_begin=flip)
+    layer.update_moving_statistics = False
+    inputs = _values(3, (16, 3))
+    caught = _warned(
+        lambda: model.fit(
+            inputs, inputs, batch_size=8, verbose=0, callbacks=[callback]
+        )
+    )
+    assert len(caught) == COMPILES
 
 
 def test_a_layer_in_two_models():
@@ -402,10 +490,148 @@ def test_a_layer_in_two_models():
     ]
     for model in models:
         _fit(model)
+    layer.use_moving_statistics = True
     _compile(models[1])
-    assert len(_flip(layer, "use_moving_statistics", True)) == COMPILES
+    assert not _warned(lambda: _train(models[1]))
+    assert len(_warned(lambda: _train(models[0]))) == COMPILES
     _compile(models[0])
-    assert not _flip(layer, "use_moving_statistics", None)
+    assert not _warned(lambda: _train(models[0]))
+
+
+# Programs that are right.
+
+
+@pytest.fixture
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+def _network(outputs, layer=OURS):
+    return keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(4),
+            layer(),
+            keras.layers.Dense(outputs),
+        ]
+    )
+
+
+def _gan(as_sequential=False):
+    """A discriminator that was trained, and the model that holds it frozen."""
+    keras.utils.set_random_seed(0)
+    generator, discriminator = _network(3), _network(1)
+    _compile(discriminator)
+    discriminator.train_on_batch(_values(0, (8, 3)), np.zeros((8, 1)))
+    discriminator.trainable = False
+    if as_sequential:
+        gan = keras.Sequential([generator, discriminator])
+    else:
+        noise = keras.Input((3,))
+        gan = keras.Model(noise, discriminator(generator(noise)))
+    return discriminator, _compile(gan)
+
+
+def _changes(model, run):
+    """Whether `run` trains what is in `model`."""
+    before = model.get_weights()
+    run()
+    return not all(map(np.array_equal, model.get_weights(), before))
+
+
+@pytest.mark.parametrize("as_sequential", [False, True])
+@pytest.mark.parametrize("toggles", [False, True])
+def test_a_gan(no_warning, toggles, as_sequential):
+    """Each of its models goes on as it was compiled, on TensorFlow.
+
+    JAX and PyTorch want `trainable` set as each was compiled.
+    """
+    discriminator, gan = _gan(as_sequential)
+    toggles = toggles or not frameworks.IS_TENSORFLOW
+
+    def train_discriminator():
+        discriminator.train_on_batch(_values(1, (8, 3)), np.ones((8, 1)))
+
+    def train_generator():
+        gan.train_on_batch(_values(2, (8, 3)), np.zeros((8, 1)))
+
+    for _ in range(3):
+        if toggles:
+            discriminator.trainable = True
+        assert _changes(discriminator, train_discriminator)
+        if toggles:
+            discriminator.trainable = False
+        assert not _changes(discriminator, train_generator)
+    if frameworks.IS_TENSORFLOW:
+        discriminator.trainable = True
+        assert not _changes(discriminator, train_generator)
+        assert _changes(discriminator, train_discriminator)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_audit_of_a_gan(no_warning, trainable):
+    discriminator, gan = _gan()
+    gan.train_on_batch(_values(2, (8, 3)), np.zeros((8, 1)))
+    discriminator.trainable = trainable
+    for model in (discriminator, gan):
+        found = [f.what for f in keras_bn.audit(model).findings]
+        assert not [what for what in found if "after compile" in what]
+
+
+def test_a_gan_whose_switch_is_set_too_late():
+    """`trainable` may be meant for the other model, but no switch is."""
+    discriminator, gan = _gan()
+    noise, targets = _values(2, (8, 3)), np.zeros((8, 1))
+    gan.train_on_batch(noise, targets)
+    gan.layers[1].layers[1].update_moving_statistics = False
+    if frameworks.IS_TENSORFLOW:
+        discriminator.trainable = True
+    caught = _warned(lambda: gan.train_on_batch(noise, targets))
+    assert len(caught) == COMPILES
+    for warning in caught:
+        assert "update_moving_statistics=False was" in str(warning.message)
+
+
+def test_layers_in_a_new_model(no_warning):
+    """Transfer learning, with the layers and with the model."""
+    model = _network(2)
+    inputs, targets = _values(0, (8, 3)), np.zeros((8, 2))
+    _compile(model).fit(inputs, targets, verbose=0)
+    body = keras.Model(model.inputs, model.layers[1].output)
+    body.trainable = False
+    heads = [
+        keras.Model(model.inputs, keras.layers.Dense(2)(body.outputs[0])),
+        keras.Sequential([keras.Input((3,)), body, keras.layers.Dense(2)]),
+    ]
+    for head in heads:
+        _compile(head).fit(inputs, targets, verbose=0)
+        head.evaluate(inputs, targets, verbose=0)
+    body.trainable = True
+    for head in heads:
+        _compile(head).fit(inputs, targets, verbose=0)
+    model.predict(inputs, verbose=0)
+
+
+def test_freeze_and_thaw(no_warning):
+    model = _model()
+    assert _fit(model) == ALL
+    keras_bn.freeze(model)
+    assert _fit(model) == {"gamma", "beta"}
+    keras_bn.thaw(model)
+    assert _fit(model) == ALL
+
+
+def test_what_was_audited_and_recalibrated(no_warning):
+    """Functions of this library are no functions of the user's."""
+    model = _model()
+    _fit(model)
+    inputs = _values(3, (16, 3))
+    keras_bn.recalibrate(model, inputs, verbose=0)
+    keras_bn.audit(model, inputs, inputs)
+    for name, value in FLIPS.items():
+        setattr(model.layers[-1], name, value)
 
 
 class Subclassed(keras.Model):
@@ -450,11 +676,9 @@ def test_copies_were_not_traced(tmp_path):
     ):
         layer = other.layers[-1]
         assert layer.update_moving_statistics is False
-        assert not _flip(layer, "update_moving_statistics", True)
-    assert (
-        len(_flip(model.layers[-1], "update_moving_statistics", True))
-        == COMPILES
-    )
+        layer.update_moving_statistics = True
+        _compile(other)
+        assert not _warned(lambda: _train(other))
 
 
 def test_a_function_of_ones_own():
@@ -489,12 +713,24 @@ def test_a_function_of_ones_own():
     mean = frameworks.array(inputs).mean(0)
     np.testing.assert_allclose(run(), mean, 1e-5)
     layer.moving_mean.assign([7.0] * 3)
-    assert (
-        len(_flip(layer, "update_moving_statistics", False)) == COMPILES
-    )
+    # It may be meant for a model that the layer is in.
+    assert not _flip(layer, "trainable", False)
+    assert not _flip(layer, "trainable", True)
+    caught = _flip(layer, "update_moving_statistics", False)
+    assert len(caught) == COMPILES
+    for warning in caught:
+        assert "update_moving_statistics=False" in str(warning.message)
+        assert "does not reach a function of your own" in str(warning.message)
+        assert warning.filename == __file__
     # PyTorch's guards compile it anew.
     old = mean if COMPILES else [7.0] * 3
     np.testing.assert_allclose(run(), old, 1e-5)
     layer.moving_mean.assign([7.0] * 3)
-    np.testing.assert_allclose(compiled()(), [7.0] * 3)
+    second = compiled()
+    np.testing.assert_allclose(second(), [7.0] * 3)
     assert len(_flip(layer, "update_moving_statistics", True)) == COMPILES
+    # Nobody has it any more. JAX does not tell.
+    del second
+    _flip(layer, "update_moving_statistics", False)
+    in_use = COMPILES and not frameworks.IS_TENSORFLOW
+    assert len(_flip(layer, "update_moving_statistics", True)) == in_use
