@@ -5,14 +5,21 @@ keeps its moments in float32. It knows one layout well, channels last, so every
 input is seen as `[a, b, 1, channels]`: a reshape where the channel axis is the
 last, a transpose where it is not.
 
-The op adds naively. Where the mean is large against the deviation its moments
-are wrong (at 131,072 rows and a mean of 1e4 deviations the variance is 8 times
-too large), so the moments it returns are looked at, inside the graph, and such
-data are normalized again after subtracting the first mean: shifted data, Chan,
-Golub & LeVeque, "Algorithms for computing the sample variance", 1983.
+On a CPU the op adds the rows of a channel one after the other: all of them, or
+with oneDNN those of one thread. Where most values are equal, as in images with
+a background or behind a ReLU, rounding goes the same way each time: over
+131,072 rows the variance is up to 1e-3 off. So float32 inputs have their
+moments found first, by sums of a few hundred terms that are added up in
+float64, and handed to the op. Short floats, which are coarser than that, are
+left to the op.
 
-On a CPU it is slow where the channels do not fill vector registers. There rows
-are laid side by side, as further channels, and the moments of these merged.
+Where the mean is large against the standard deviation no sums of the inputs
+tell the variance. The moments are looked at, inside the graph, and such data
+are normalized again after subtracting the first mean: shifted data, Chan, Golub
+& LeVeque, "Algorithms for computing the sample variance", 1983.
+
+The op is slow where the channels do not fill vector registers. There rows are
+laid side by side, as further channels.
 """
 
 import math
@@ -27,12 +34,12 @@ from keras_bn.kernels.tensorflow.views import is_small
 from keras_bn.kernels.tensorflow.views import positions
 from keras_bn.kernels.tensorflow.views import undo_channels_last
 
-# A mean above this many standard deviations is worth the corrected path. At 30
-# the fused op's variance is still within 2e-5 of the float64 one.
-_LARGE_MEAN = 30.0
+# A mean of k standard deviations costs a factor `1 + k**2` in the error of the
+# variance; above this many it is subtracted first.
+_LARGE_MEAN = 8.0
 
-# Rows that the op may add one after the other where the sums have to be right
-# whatever the data, and the channels it is given at most for that.
+# Rows that are added one after the other, and the channels that the op is given
+# at most for that.
 _GROUP = 256
 _GROUPED_WIDTH = 4096
 
@@ -40,10 +47,14 @@ _GROUPED_WIDTH = 4096
 def moments(inputs, axis):
     """`(mean, variance, count)` of each channel, right at any mean."""
     channels = inputs.shape[axis]
-    ones, zeros = tf.ones([channels]), tf.zeros([channels])
-    _, mean, variance, *_ = normalize_once(
-        channels_last(inputs, axis), ones, zeros, 1.0, is_small(inputs)
-    )
+    x = channels_last(inputs, axis)
+    if is_small(inputs) or _adds_well(x):
+        ones, zeros = tf.ones([channels]), tf.zeros([channels])
+        _, mean, variance, *_ = normalize_once(
+            x, ones, zeros, 1.0, is_small(inputs)
+        )
+    else:
+        mean, variance = moments_of_rows(tf.reshape(x, [-1, channels]))
     return mean, variance, positions(inputs, channels)
 
 
@@ -101,26 +112,91 @@ def normalize_with(inputs, mean, variance, gamma, beta, *, axis, epsilon):
 def moments_of_rows(rows):
     """Mean and variance of the rows `[n, channels]`, right at any mean."""
     mean, variance = grouped_moments(rows, 1)
+    large = _is_large(mean, variance)
 
     def shifted():
-        shift = tf.cast(mean, rows.dtype)
+        shift = _shift(mean, large, rows.dtype)
         rest, variance = grouped_moments(rows - shift, 1)
         return tf.cast(shift, tf.float32) + rest, variance
 
-    large = tf.reduce_any(tf.square(mean) > _LARGE_MEAN**2 * variance)
-    return tf.cond(large, shifted, lambda: (mean, variance))
+    return tf.cond(tf.reduce_any(large), shifted, lambda: (mean, variance))
+
+
+def _is_large(mean, variance):
+    return tf.square(mean) > _LARGE_MEAN**2 * variance
+
+
+def _shift(mean, large, dtype):
+    """What to subtract: short floats near 0 would only be rounded by it."""
+    return tf.cast(tf.where(large, mean, 0.0), dtype)
 
 
 def grouped_moments(inputs, axis):
     """Mean and variance by groups of rows: no sum in them is a long one.
 
-    Rows laid side by side are further channels to the fused op, and their
-    moments merge as in Chan et al. Where a mask leaves zeros and far values
-    together the op's long sums lose digits, though the mean is not large
-    against the deviation.
+    Right where the mean is not large against the standard deviation.
     """
     channels = inputs.shape[axis]
     rows = tf.reshape(channels_last(inputs, axis), [-1, channels])
+    if rows.dtype == tf.float32 and not has_gpu():
+        return _moments_by_sums(rows)
+    return _merged_moments(rows)
+
+
+def _moments_by_sums(rows):
+    """Sums of float32 rows and of their squares, on a CPU.
+
+    Rows laid side by side are further channels, each a sum of its own. Sums
+    are products with a row of ones. Sums of squares are the gradient of a
+    depthwise convolution's filter of one element, which reads the rows once
+    and writes nothing of their size.
+    """
+    channels = rows.shape[1]
+    count = rows.shape[0]
+    known = count is not None
+    maximum = max if known else tf.maximum
+    count = count if known else tf.shape(rows)[0]
+    groups = maximum(count // _GROUP, 1)
+    # Oddly many channels side by side fill no vector registers.
+    step = 16 // math.gcd(16, channels)
+    groups = maximum(groups - groups % step, 1)
+    block = max(min(count, 16), 1) if known else 16
+    length = count // groups // block * block
+    width = groups * channels
+
+    x = tf.reshape(rows[: length * groups], [length, width])
+    first = tf.matmul(tf.ones([1, length]), x)
+    x = tf.reshape(x, [length // block, block, 1, width])
+    second = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+        input=x,
+        filter_sizes=[1, 1, width, 1],
+        out_backprop=x,
+        strides=[1, 1, 1, 1],
+        padding="VALID",
+    )
+    if not known:
+        # Of no rows at all the op leaves its result as it found the memory.
+        second = tf.math.multiply_no_nan(
+            second, tf.cast(tf.minimum(length, 1), tf.float32)
+        )
+    sums = [
+        tf.reduce_sum(
+            tf.cast(tf.reshape(s, [groups, channels]), tf.float64), 0
+        )
+        for s in (first, second)
+    ]
+    if not known or length * groups < count:
+        rest = tf.cast(rows[length * groups :], tf.float64)
+        sums[0] += tf.reduce_sum(rest, 0)
+        sums[1] += tf.reduce_sum(tf.square(rest), 0)
+    mean, square = (s / tf.cast(maximum(count, 1), tf.float64) for s in sums)
+    variance = tf.maximum(square - tf.square(mean), 0.0)
+    return tf.cast(mean, tf.float32), tf.cast(variance, tf.float32)
+
+
+def _merged_moments(rows):
+    """By the op, whose moments of groups are merged as in Chan et al."""
+    channels = rows.shape[1]
     most = max(1, _GROUPED_WIDTH // channels)
     if rows.shape[0] is None:
         count = tf.shape(rows)[0]
@@ -165,13 +241,25 @@ def normalize_once(x, gamma, beta, epsilon, small):
     if small:
         outputs, mean, variance = plain.normalize_few(x, gamma, beta, epsilon)
         return outputs, mean, variance, mean, variance, tf.zeros([])
-    normalize = _fused_op if _fits(x.shape[-1], x.dtype) else _grouped
-    first = normalize(x, gamma, beta, epsilon)
+    normalize = _by_the_op if _adds_well(x) else _by_moments
+    return normalize(x, gamma, beta, epsilon)
+
+
+def _adds_well(x):
+    """Whether the op is fast, and its own sums are as good as the inputs."""
+    if has_gpu():
+        return True
+    return x.dtype != tf.float32 and _fits(x.shape[-1], x.dtype)
+
+
+def _by_the_op(x, gamma, beta, epsilon):
+    first = _fused_op(x, gamma, beta, epsilon)
     _, mean, variance, *_ = first
+    large = _is_large(mean, variance)
 
     def shifted():
-        shift = tf.cast(mean, x.dtype)
-        outputs, *moments, saved_1, saved_2, saved_3 = normalize(
+        shift = _shift(mean, large, x.dtype)
+        outputs, *moments, saved_1, saved_2, saved_3 = _fused_op(
             x - shift, gamma, beta, epsilon
         )
         shift = tf.cast(shift, tf.float32)
@@ -184,8 +272,31 @@ def normalize_once(x, gamma, beta, epsilon, small):
             saved_3,
         )
 
-    large = tf.reduce_any(tf.square(mean) > _LARGE_MEAN**2 * variance)
-    return tf.cond(large, shifted, lambda: first)
+    return tf.cond(tf.reduce_any(large), shifted, lambda: first)
+
+
+def _by_moments(x, gamma, beta, epsilon):
+    mean, variance = grouped_moments(x, 3)
+    large = _is_large(mean, variance)
+
+    def normalized(x, mean, variance):
+        return normalize_with(
+            x, mean, variance, gamma, beta, axis=3, epsilon=epsilon
+        )
+
+    def shifted():
+        shift = _shift(mean, large, x.dtype)
+        moved = x - shift
+        rest, variance = grouped_moments(moved, 3)
+        outputs = normalized(moved, rest, variance)
+        return outputs, tf.cast(shift, tf.float32) + rest, variance
+
+    outputs, mean, variance = tf.cond(
+        tf.reduce_any(large),
+        shifted,
+        lambda: (normalized(x, mean, variance), mean, variance),
+    )
+    return outputs, mean, variance, mean, variance, tf.zeros([])
 
 
 def _fused_op(x, gamma, beta, epsilon):
@@ -216,14 +327,6 @@ def _undo_bessel(mean, variance, x):
         tf.math.multiply_no_nan(mean, tf.minimum(count, 1.0)),
         tf.math.multiply_no_nan(variance, factor),
     )
-
-
-def _grouped(x, gamma, beta, epsilon):
-    mean, variance = grouped_moments(x, 3)
-    outputs = normalize_with(
-        x, mean, variance, gamma, beta, axis=3, epsilon=epsilon
-    )
-    return outputs, mean, variance, mean, variance, tf.zeros([])
 
 
 def gradients(output_gradient, inputs, gamma, saved, axis, epsilon):

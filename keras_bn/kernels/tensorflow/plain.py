@@ -8,6 +8,9 @@ from keras_bn.kernels.tensorflow.views import divisor
 from keras_bn.kernels.tensorflow.views import moments_type
 from keras_bn.kernels.tensorflow.views import positions
 
+# Rows that are added one after the other.
+_FEW = 256
+
 
 def sum_of_positions(x, axis):
     """The sum of each channel."""
@@ -20,12 +23,24 @@ def sum_of_few(x, axis):
 
 
 def _sum_of_rows(rows):
-    """By a product with a row of ones: the cheapest sum over rows there is."""
+    """By a product with a row of ones: the cheapest sum over rows there is.
+
+    It may add them one after the other: many are laid side by side first.
+    """
     channels = rows.shape[1]
     if channels == 1:
         return tf.reduce_sum(rows, 0)
-    ones = tf.ones([1, tf.shape(rows)[0]])
-    return tf.reshape(tf.matmul(ones, rows), [channels])
+    count, most = rows.shape[0], max
+    if count is None:
+        count, most = tf.shape(rows)[0], tf.maximum
+    groups = most(count // _FEW, 1)
+    length = count // groups
+    x = tf.reshape(rows[: length * groups], [length, groups * channels])
+    sums = tf.matmul(tf.ones([1, length]), x)
+    total = tf.reduce_sum(tf.reshape(sums, [groups, channels]), 0)
+    if not isinstance(count, int) or length * groups < count:
+        total += tf.reduce_sum(rows[length * groups :], 0)
+    return total
 
 
 def moments(inputs, axis, mask=None, count=None, total=sum_of_positions):

@@ -7,8 +7,7 @@ _BLOCK = 2**20
 # Channels at which the native kernels are fastest: enough of them for vector
 # instructions, few enough for the nearest cache.
 _WIDTH = 512
-# Rows added one after the other without any harm; with little, eight times as
-# many.
+# Rows added one after the other without any harm.
 FEW = 1024
 
 
@@ -94,6 +93,6 @@ def grouped_rows(x):
     groups = max(1, min(_WIDTH // channels, outer // FEW))
     even = outer - outer % groups
     width = groups * channels
-    yield from x[:even].view(-1, width).split(8 * FEW)
+    yield from x[:even].view(-1, width).split(FEW)
     if even < outer:
         yield x[even:]
