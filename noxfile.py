@@ -37,12 +37,38 @@ ENVIRONMENTS = {
     "torch": [".[torch,test]", *PROGRAMS],
 }
 
+# What stands in for other CPUs. How a sum is ordered, and so its rounding, is
+# for the vector instructions to say, and for oneDNN, which TensorFlow turns on
+# by itself only where there is AVX-512 VNNI. PyTorch takes its setting's word
+# even where the CPU cannot do that, so the highest is left to the main run.
+CPU_SETTINGS = {
+    "tensorflow": [
+        {"TF_ENABLE_ONEDNN_OPTS": "0"},
+        {"TF_ENABLE_ONEDNN_OPTS": "1"},
+    ],
+    "jax": [{"XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}],
+    "torch": [
+        {"ATEN_CPU_CAPABILITY": "default"},
+        {"ATEN_CPU_CAPABILITY": "avx2"},
+    ],
+}
+OF_THE_CPU = ["tests/keras_bn/test_accuracy.py", "tests/keras_bn/kernels"]
+
 
 @nox.session
 @nox.parametrize("backend", list(ENVIRONMENTS))
 def tests(session, backend):
-    """Runs the test suite on one backend."""
+    """Runs the test suite on one backend, its core as on other CPUs too."""
     session.install(*VERSIONS, *ENVIRONMENTS[backend])
+    _pytest(session, backend, *session.posargs)
+    if session.posargs:
+        return
+    for setting in CPU_SETTINGS[backend]:
+        if not _is_had_already(session, setting):
+            _pytest(session, backend, *OF_THE_CPU, env=setting)
+
+
+def _pytest(session, backend, *arguments, env={}):
     session.run(
         "python",
         "-m",
@@ -50,9 +76,17 @@ def tests(session, backend):
         "--numprocesses=2",
         # What the tests of a file share is made once.
         "--dist=loadfile",
-        *session.posargs,
-        env={"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        *arguments,
+        env={"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", **env},
     )
+
+
+def _is_had_already(session, setting):
+    """Whether PyTorch chooses this or less by itself, as in the main run."""
+    if setting.get("ATEN_CPU_CAPABILITY") != "avx2":
+        return False
+    ask = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    return "AVX512" not in session.run("python", "-c", ask, silent=True)
 
 
 @nox.session

@@ -236,6 +236,12 @@ def _one_channel_far():
     return inputs
 
 
+def _one_channel_far_below_zero():
+    inputs = _ordinary()
+    inputs[..., 2] -= 1e4
+    return inputs
+
+
 def _first_rows_outliers():
     inputs = _ordinary()
     inputs[0] += 1e4
@@ -295,6 +301,7 @@ def _constant_channels():
     "data",
     [
         _one_channel_far,
+        _one_channel_far_below_zero,
         _first_rows_outliers,
         _zeros_then_far,
         _far_then_zeros,

@@ -177,6 +177,9 @@ def test_inputs_unlike_those_it_was_built_for():
         ((4, 6, 3), -1, (4, 6, 3, 1), "one dimension less"),
         ((4, 6, 6), 1, (4, 6), "both fit"),
         ((4, 3, 6), 1, (4, 5), "broadcastable"),
+        # These two would broadcast the inputs.
+        ((4, 1, 3), -1, (4, 5), "broadcastable"),
+        ((1, 6, 3), -1, (4, 6, 1), "broadcastable"),
     ],
 )
 def test_a_mask_of_another_shape(shape, axis, mask_shape, message):

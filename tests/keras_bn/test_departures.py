@@ -16,6 +16,7 @@ from keras import ops
 import keras_bn
 from keras_bn.kernels import reference
 from tests.keras_bn import frameworks
+from tests.keras_bn.kernels.test_kernels import finite_differences
 
 KERAS = keras.layers.BatchNormalization
 OURS = keras_bn.BatchNormalization
@@ -172,6 +173,56 @@ def bfloat16_statistics(layer_class):
     return "right" if np.allclose(after, wanted, 1e-4) else "wrong"
 
 
+def float64_outputs(layer_class):
+    inputs = np.random.default_rng(0).normal(size=(64, 3))
+    with frameworks.precision("float64"):
+        outputs = _run(layer_class(dtype="float64"), inputs, dtype="float64")
+    expected, *_ = reference.normalize_batch(
+        inputs, None, None, axis=1, epsilon=1e-3
+    )
+    right = np.allclose(outputs, expected, 1e-12, 1e-12)
+    return "right" if right else "computed in float32"
+
+
+def second_derivatives(layer_class):
+    """The gradient of a gradient, as gradient penalties take it.
+
+    Against differences of the first gradient in float64.
+    """
+    generator = np.random.default_rng(0)
+    inputs, output_gradient, direction = generator.normal(size=(3, 6, 3))
+
+    def projected(inputs):
+        of_inputs, *_ = reference.normalize_batch_gradient(
+            output_gradient, inputs, None, axis=1, epsilon=1e-3
+        )
+        return (of_inputs * direction).sum()
+
+    expected = finite_differences(projected, [inputs], 0)
+    with frameworks.precision("float64"):
+        layer = layer_class(dtype="float64")
+        layer.build(inputs.shape)
+        state = [
+            [v.value for v in variables]
+            for variables in (
+                layer.trainable_variables,
+                layer.non_trainable_variables,
+            )
+        ]
+        tensors = [
+            frameworks.tensor(x, "float64")
+            for x in (inputs, output_gradient, direction)
+        ]
+        found, _ = frameworks.second_gradients(
+            lambda x: layer.stateless_call(*state, x, training=True)[:1],
+            tensors[:1],
+            tensors[1],
+            tensors[2:],
+        )
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    return "right" if error < 1e-4 else f"off by {error:.0%}"
+
+
 def fractional_axis(layer_class):
     return _made(layer_class, "axis", axis=1.7)
 
@@ -221,6 +272,8 @@ CASES = [
         '`dtype="bfloat16"`, moving variance 20% off, `momentum=0.999`',
         "right",
     ),
+    (float64_outputs, '`dtype="float64"`', "right"),
+    (second_derivatives, "second derivatives", "right"),
     (fractional_axis, "`axis=1.7`", "refused"),
     (momentum_out_of_range, "`momentum=1.5`", "refused"),
     (epsilon_out_of_range, "`epsilon=-1.0`", "refused"),

@@ -174,7 +174,7 @@ def _moments_by_sums(rows):
         strides=[1, 1, 1, 1],
         padding="VALID",
     )
-    if not known:
+    if not known or not length:
         # Of no rows at all the op leaves its result as it found the memory.
         second = tf.math.multiply_no_nan(
             second, tf.cast(tf.minimum(length, 1), tf.float32)
