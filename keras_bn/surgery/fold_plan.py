@@ -9,6 +9,8 @@ from keras_bn.model_layers import BATCH_NORMALIZATIONS
 from keras_bn.surgery.affine import Affine
 from keras_bn.surgery.affine import NotExact
 from keras_bn.surgery.affine import of_batch_normalization
+from keras_bn.surgery.calls import graph_of
+from keras_bn.surgery.calls import is_graph
 from keras_bn.surgery.calls import nodes_of
 from keras_bn.surgery.fold_report import AFTER
 from keras_bn.surgery.fold_report import BEFORE
@@ -27,6 +29,39 @@ from keras_bn.surgery.past_layers import channel_axis
 from keras_bn.surgery.past_layers import check_positions
 from keras_bn.surgery.past_layers import moved_after
 from keras_bn.surgery.past_layers import moved_before
+
+# Their outputs are floats, whatever they are given.
+_OF_FLOATS = (
+    *BATCH_NORMALIZATIONS,
+    *LINEAR_LAYERS,
+    keras.layers.Embedding,
+    keras.layers.Normalization,
+    keras.layers.Rescaling,
+)
+
+
+def floats_of(graph):
+    """Set of the ids of the tensors in a graph that are floats for sure.
+
+    Keras writes down that a layer gives floats where it gives integers, as
+    ReLU does for integers.
+    """
+    floats = set()
+    for node in nodes_of(graph):
+        layer = node.operation
+        if is_graph(layer):
+            inner = graph_of(layer)
+            sure = {id(x) for x in inner.outputs} <= floats_of(inner)
+        else:
+            sure = (
+                node.is_input
+                or not isinstance(layer, keras.layers.Layer)
+                or isinstance(layer, _OF_FLOATS)
+                or all(id(x) in floats for x in node.input_tensors)
+            )
+        if sure:
+            floats.update(id(x) for x in node.outputs if "float" in x.dtype)
+    return floats
 
 
 class FoldPlan:
@@ -57,6 +92,7 @@ class FoldPlan:
         self._producer = {}
         nodes = nodes_of(graph)
         self._nodes = {id(node.operation): node for node in nodes}
+        self._floats = floats_of(graph)
         for node in nodes:
             for tensor in node.input_tensors:
                 self._consumers[id(tensor)].append(node)
@@ -163,9 +199,8 @@ class FoldPlan:
             raise NotExact("it is called with a mask")
 
     def _check_floats(self, node):
-        dtype = node.input_tensors[0].dtype
-        if "float" not in dtype:
-            raise NotExact(f"its inputs are of dtype {dtype}")
+        if id(node.input_tensors[0]) not in self._floats:
+            raise NotExact("its inputs may be integers")
 
     def _scaled_before(self, node, affine):
         """What can be done of `affine` before it all the same: scales above 0.

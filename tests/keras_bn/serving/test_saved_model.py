@@ -109,7 +109,7 @@ def test_batch_normalization_is_folded_by_default(tmp_path):
         verify_on=IMAGES,
     )
     assert [one.how for one in found.fold_report] == [
-        "into the layer after",
+        "into the layers before and after",
         "into the layer before",
         "multiply-add",
     ]
