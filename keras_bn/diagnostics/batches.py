@@ -128,8 +128,8 @@ class Batches:
         self._is_read = True
         read = 0
         # Of an unknown number Keras's bar would say "1/Unknown".
-        shown = self._verbose and self.number is not None
-        bar = keras.utils.Progbar(self.number, verbose=int(shown))
+        visible = self._verbose and self.number is not None
+        bar = keras.utils.Progbar(self.number, verbose=int(visible))
         for batch in itertools.islice(
             self._adapter.get_numpy_iterator(), self.number
         ):

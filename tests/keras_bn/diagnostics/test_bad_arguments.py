@@ -14,6 +14,9 @@ Y = RNG.normal(size=(8, 2)).astype("float32")
 class _Object:
     """Nothing that any function takes, as what users hand over by mistake."""
 
+    def __repr__(self):
+        return "an object"
+
 
 def _model(**kwargs):
     model = keras.Sequential(
