@@ -60,10 +60,10 @@ class Batches:
         number: How many batches there are, or None where nobody knows.
 
     Raises:
-        ValueError: `data` is none of these, empty or endless, or the number of
-            labels is not that of samples; when they are read, `data` ends
-            before `steps`, a batch is not one of those above, or a value is
-            not finite.
+        ValueError: `data` is none of these, ragged, empty or endless, or the
+            number of labels is not that of samples; when they are read, `data`
+            ends before `steps`, a batch is not one of those above, or a value
+            is not finite.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Batches:
         if steps is not None:
             _check_count("steps", steps, ", or None")
         _check_count("batch_size", batch_size)
+        _refuse_ragged(data)
         _check_arrays(data, labels)
         self._steps = steps
         self._is_read = False
@@ -268,6 +269,19 @@ def _check_count(name, value, also=""):
             f"`{name}` must be an integer of at least 1{also}. "
             f"Received: {name}={shown(value)}."
         )
+
+
+def _refuse_ragged(data):
+    """Raises ValueError: Keras fills up rows with zeros, which would count."""
+    # A tf.data.Dataset says of what kind its tensors are.
+    for x in _arrays(getattr(data, "element_spec", data)):
+        if getattr(x, "ragged_rank", None):
+            raise ValueError(
+                "`data` is ragged, and the moments of its rows alone cannot be "
+                f"had. Received: a {type(x).__name__} of shape "
+                f"{tuple(x.shape)}. Give dense batches, each of samples of one "
+                "length, or padded data that the model masks."
+            )
 
 
 def _check_arrays(data, labels):

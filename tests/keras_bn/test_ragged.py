@@ -279,6 +279,20 @@ if frameworks.IS_TENSORFLOW:
         _assert_same(*found)
 
 
+if frameworks.IS_TENSORFLOW:
+
+    @pytest.mark.parametrize("layer_class", [OURS, KERAS])
+    def test_recalibrate_and_audit_refuse_ragged_data(layer_class):
+        """Keras would fill it up with zeros, and they would be counted."""
+        x = keras.Input((None, 4), ragged=True)
+        model = keras.Model(x, layer_class()(x))
+        inputs = _ragged(_values(7, 4), SPLITS["rows"])
+        for data in (inputs, tf.data.Dataset.from_tensors(inputs)):
+            for function in (keras_bn.recalibrate, keras_bn.audit):
+                with pytest.raises(ValueError, match="`data` is ragged"):
+                    function(model, data)
+
+
 def _sparse():
     """Sparse tensors of a kind each, and the call that makes them dense."""
     dense = np.eye(5, 4, dtype="float32")
