@@ -148,7 +148,7 @@ def json_member(path, name):
             "model.save(...)"
         ) from error
     raise ValueError(
-        f"its {name} is larger than {LARGEST_TEXT // 2**20} MiB. "
+        f"the model's {name} is larger than {LARGEST_TEXT // 2**20} MiB. "
         f"Received: {path}"
     )
 
@@ -171,7 +171,7 @@ def refuse_bomb(path):
                 raise ValueError(
                     f"{one.filename} would take {one.file_size / 2**30:.1f} "
                     f"GiB of memory, of {one.compress_size / 2**20:.1f} MiB "
-                    f"in the file. Received: {path}"
+                    "in the file"
                 )
 
 
@@ -198,8 +198,8 @@ def number_of_outputs(config):
     """
     try:
         return _number_of_outputs(config)
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError):
-        # Not as Keras writes it; loading says what is wrong.
+    except (LookupError, RecursionError, TypeError, ValueError):
+        # Of several outputs, or not as Keras writes it; loading says more.
         return None
 
 
@@ -331,6 +331,13 @@ def check_data(data, labels):
     """
     if data.endswith(".npz"):
         require_file(data, "--data")
+        try:
+            refuse_bomb(data)
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"the file of arrays cannot be read ({error}). "
+                f"Received: --data={data}. Write it with numpy.savez"
+            ) from error
         if labels is not None:
             require_file(labels, "--labels")
         return

@@ -17,12 +17,14 @@ and of a framework: help and wrong arguments need neither.
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
 import traceback
-import zipfile
 from pathlib import Path
+
+import keras_bn_checks
 
 BAD_INPUT = 2
 
@@ -34,9 +36,10 @@ def main(arguments=None):
         arguments: List of str; None: those of the process.
     """
     options = _parser().parse_args(arguments)
-    # Names of files may have characters that no encoding has.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        # A name that a terminal's encoding lacks; None without a terminal.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
     try:
         _check(options)
         with start_up_lines_dropped():
@@ -225,11 +228,18 @@ def start_up_lines_dropped():
     """What native code writes to stderr goes nowhere.
 
     TensorFlow 2.21 says what it found whatever TF_CPP_MIN_LOG_LEVEL is; this
-    is for what it says later.
+    is for what it says later. A user who sets it to 0 or 1 sees all.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        kept = os.dup(2)
+    except OSError:
+        # This process was started without one.
+        kept = None
+    if kept is None or level in ("0", "1"):
+        yield
+        return
     sys.stderr.flush()
-    kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
@@ -240,18 +250,56 @@ def start_up_lines_dropped():
 
 
 def _check(options):
+    """Refuses what needs no Keras to be found wrong.
+
+    Raises:
+        ValueError, OSError: A flag, a path or a file is.
+    """
     if options.command in ("audit", "recalibrate"):
         _check_data(options)
+    if getattr(options, "data", None) is not None:
+        keras_bn_checks.check_data(
+            options.data, getattr(options, "labels", None)
+        )
     endings = (".keras", ".h5") if options.command == "convert" else (".keras",)
-    _check_model(options.model, endings)
+    config = _check_model(options.model, endings)
     if options.command in ("recalibrate", "convert", "fold"):
         _check_output(options.output, new=options.command != "recalibrate")
-    if options.command == "export" and (
-        (options.mean is None) != (options.deviation is None)
-    ):
+    if options.command == "export":
+        _check_export(options, keras_bn_checks.number_of_outputs(config))
+
+
+def _check_export(options, outputs):
+    _check_scaling(options.mean, options.deviation)
+    keras_bn_checks.check_destination(options.output, None)
+    keras_bn_checks.check_writable(
+        options.output, f"--output={options.output}"
+    )
+    if options.class_names is None:
+        return
+    options.class_names = keras_bn_checks.class_names(options.class_names)
+    if outputs not in (None, len(options.class_names)):
+        raise ValueError(
+            f"the classes must have a name for each of {outputs} outputs of "
+            f"the model. Received: {len(options.class_names)} names"
+        )
+
+
+def _check_scaling(mean, deviation):
+    if (mean is None) != (deviation is None):
         raise ValueError(
             "--mean and --deviation go together. Received: "
-            f"--mean={options.mean}, --deviation={options.deviation}"
+            f"--mean={mean}, --deviation={deviation}"
+        )
+    if mean is None:
+        return
+    means, deviations = (
+        x if isinstance(x, list) else [x] for x in (mean, deviation)
+    )
+    if not all(map(math.isfinite, means + deviations)) or min(deviations) <= 0:
+        raise ValueError(
+            "--mean and --deviation must be finite, and the deviation above "
+            f"zero. Received: --mean={mean}, --deviation={deviation}"
         )
 
 
@@ -282,11 +330,13 @@ def _check_model(path, endings):
             f"{path}. Save it with model.save(...); `keras-bn convert` also "
             "reads .h5 files"
         )
-    if path.endswith(".keras") and not zipfile.is_zipfile(path):
+    if path.endswith(".keras"):
+        return keras_bn_checks.json_member(path, "config.json")
+    if not keras_bn_checks.is_hdf5(path):
         raise ValueError(
-            f"the file is damaged, or no model of Keras 3. Received: {path}. "
-            "Save the model again with model.save(...)"
+            f"the file is damaged, or no .h5 file. Received: {path}"
         )
+    return None
 
 
 def _check_output(path, new):
@@ -295,12 +345,13 @@ def _check_output(path, new):
             f"the output must end in .keras. Received: --output={path}"
         )
     folder = Path(path).absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not folder.is_dir():
         raise ValueError(
             f"cannot write there. Received: --output={path}. Name a file in a "
             "folder that exists"
         )
-    if new and os.path.lexists(path):
+    keras_bn_checks.check_writable(folder, f"--output={path}")
+    if os.path.isdir(path) or (new and os.path.lexists(path)):
         raise ValueError(
             f"something is there already. Received: --output={path}. Remove "
             "it, or name another file"
@@ -315,7 +366,4 @@ def _one_line(error):
     # Keras has words in bold.
     text = re.sub("\x1b\\[\\d+m", "", str(error))
     text = " ".join(text.split())[:500].rstrip(".")
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    return keras_bn_checks.printable(text)

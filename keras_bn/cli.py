@@ -10,7 +10,6 @@ import re
 import sys
 import tempfile
 import warnings
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,9 +23,10 @@ from keras_bn.model_layers import BATCH_NORMALIZATIONS
 from keras_bn.serving import summary
 from keras_bn.serving.errors import ExportError
 from keras_bn.serving.export import export as export_model
-from keras_bn.serving.publishing import check_destination
 from keras_bn.surgery.tf_keras_models import from_tf_keras
 from keras_bn.surgery.tf_keras_models import is_tf_keras_file
+from keras_bn_checks import json_member
+from keras_bn_checks import printable
 
 HEALTHY, FINDINGS = 0, 1
 # What `convert --to` names; the others are names in Python too.
@@ -109,9 +109,8 @@ def fold(options):
 
 def export(options):
     """Publishes a SavedModel as a new version in a directory."""
-    check_destination(options.output, None)
     model = _load(options.model)
-    arguments = {"class_names": _class_names(options.class_names)}
+    arguments = {"class_names": options.class_names}
     if options.mean is not None:
         arguments["preprocessing"] = (options.mean, options.deviation)
     samples = None
@@ -130,17 +129,6 @@ def export(options):
     return HEALTHY
 
 
-def _class_names(path):
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the names of the classes are not UTF-8 text. Received: {path}"
-        ) from error
-
-
 @contextlib.contextmanager
 def _warnings_in_one_line():
     """Users of a command do not want to know the line of the program."""
@@ -149,7 +137,8 @@ def _warnings_in_one_line():
         yield
     for one in caught:
         if issubclass(one.category, UserWarning):
-            print(f"keras-bn: warning: {one.message}", file=sys.stderr)
+            message = printable(str(one.message))
+            print(f"keras-bn: warning: {message}", file=sys.stderr)
 
 
 def _data(options, model):
@@ -200,9 +189,8 @@ def _load(path):
 
 def _saved_by_another_version(path):
     try:
-        with zipfile.ZipFile(path) as archive:
-            version = json.loads(archive.read("metadata.json"))["keras_version"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        version = json_member(path, "metadata.json")["keras_version"]
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
     return (
         "" if version == keras.__version__ else f", saved by Keras {version}"

@@ -9,12 +9,13 @@ import keras
 import numpy as np
 
 from keras_bn.diagnostics.batches import Batches
-
-_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif"}
+from keras_bn_checks import images_in
 
 
 def read(data, labels, model, batch_size):
     """`(data, labels)` for `audit` and `recalibrate`.
+
+    `keras_bn_checks.check_data` has seen that they are there.
 
     Args:
         data: Str: an `.npz` file, a folder of images, or the name of a
@@ -34,18 +35,8 @@ def read(data, labels, model, batch_size):
     path = Path(data)
     if data.endswith(".npz"):
         return _arrays(path, labels, model)
-    if labels is not None:
-        raise ValueError(
-            "--labels belong to an .npz file; folders and datasets bring "
-            f"their own. Received: --labels={labels}. Leave it out"
-        )
     if path.is_dir():
         return ImageFolder(path, _image_size(model), batch_size), None
-    if path.suffix or path.exists() or data.startswith((".", "/")):
-        raise ValueError(
-            "--data must be an .npz file, a folder of images or a dataset. "
-            f"Received: --data={data}. There is no such folder"
-        )
     return _of_tensorflow_datasets(data, batch_size), None
 
 
@@ -61,8 +52,6 @@ def first_batch(data, samples):
 
 
 def _arrays(path, labels, model):
-    if not path.is_file():
-        raise ValueError(f"no such file. Received: --data={path}")
     try:
         with np.load(path) as file:
             arrays = dict(file)
@@ -169,16 +158,11 @@ class ImageFolder(keras.utils.PyDataset):
         self._files = [
             (file, number)
             for number, one in enumerate(classes)
-            for file in _images_in(one)
+            for file in images_in(one)
         ]
         self._labelled = bool(self._files)
         if not self._files:
-            self._files = [(file, 0) for file in _images_in(folder)]
-        if not self._files:
-            raise ValueError(
-                f"the folder holds no images. Received: --data={folder}. "
-                "Give one of .png or .jpg files, or of folders of them"
-            )
+            self._files = [(file, 0) for file in images_in(folder)]
         order = np.random.default_rng(0).permutation(len(self._files))
         self._files = [self._files[i] for i in order]
         self._image_size = image_size
@@ -212,10 +196,6 @@ class ImageFolder(keras.utils.PyDataset):
                 f"Pillow says: {error or type(error).__name__}"
             ) from error
         return keras.utils.img_to_array(image, data_format="channels_last")
-
-
-def _images_in(folder):
-    return sorted(x for x in folder.iterdir() if x.suffix.lower() in _IMAGES)
 
 
 def _image_size(model):

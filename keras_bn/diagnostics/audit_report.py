@@ -8,6 +8,7 @@ import textwrap
 
 from keras_bn.diagnostics import thresholds
 from keras_bn.diagnostics.text_table import text_table
+from keras_bn_checks import printable
 
 _COLUMNS = 100
 _NAME = 34
@@ -124,7 +125,7 @@ class AuditReport:
         ]
         if self.layers:
             parts.append(text_table(_HEADER_OF_LAYERS, self._worst()))
-        return "\n\n".join(parts)
+        return printable("\n\n".join(parts))
 
     def _repr_html_(self):
         parts = [f"<p>{html.escape(line)}</p>" for line in self._lines()]

@@ -5,6 +5,8 @@ import typing
 import keras
 import numpy as np
 
+from keras_bn_checks import is_control
+
 IMAGE_CHANNELS = (1, 3, 4)
 
 
@@ -53,7 +55,7 @@ def interface_of(model, preprocessing=None, class_names=None):
 
     Raises:
         ValueError: The model does not classify images of one size, or the
-            names do not fit it.
+            names do not fit it or have control characters.
     """
     first = model if preprocessing is None else preprocessing
     inputs = tuple(
@@ -68,6 +70,13 @@ def interface_of(model, preprocessing=None, class_names=None):
         and inputs[0].shape[-1] in IMAGE_CHANNELS
     )
     outputs = _output_names(model)
+    for name in (*(one.name for one in inputs), *outputs):
+        if any(map(is_control, name)):
+            raise ValueError(
+                "Clients send and receive the names of a model's inputs and "
+                "outputs, which must have no control characters. "
+                f"Received: {name!r}."
+            )
     activation = None
     if class_names is not None:
         class_names = _checked_names(class_names)
@@ -243,12 +252,13 @@ def _checked_names(class_names):
         else ()
     )
     if not names or not all(
-        isinstance(name, str) and name and not set(name) & set("\r\n")
+        isinstance(name, str) and name and not any(map(is_control, name))
         for name in names
     ):
         raise ValueError(
             "`class_names` must be a list of the classes' names, text of one "
-            f"line each. Received: class_names={class_names!r}."
+            "line each without control characters. "
+            f"Received: class_names={class_names!r}."
         )
     return tuple(map(str, names))
 

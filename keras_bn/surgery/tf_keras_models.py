@@ -17,6 +17,8 @@ from keras.src.utils.naming import to_snake_case
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.surgery.cloning import is_graph
+from keras_bn_checks import LARGEST_TEXT
+from keras_bn_checks import json_member
 
 _CLASSES = (
     "BatchNormalization",
@@ -42,10 +44,8 @@ def is_tf_keras_file(path):
             with h5py.File(path) as file:
                 version = file["model_weights"].attrs["keras_version"]
         else:
-            with zipfile.ZipFile(path) as archive:
-                metadata = json.loads(archive.read("metadata.json"))
-                version = metadata["keras_version"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            version = json_member(path, "metadata.json")["keras_version"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return _text(version).startswith("2.")
 
@@ -82,7 +82,13 @@ def from_tf_keras(model):
         read = _read_h5 if h5py.is_hdf5(path) else _read_archive
         try:
             return read(path)
-        except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+        except (
+            AttributeError,  # a group where a dataset should be
+            KeyError,
+            TypeError,
+            OSError,
+            json.JSONDecodeError,
+        ) as error:
             raise _unreadable(path, error) from error
     if h5py.is_hdf5(path) or zipfile.is_zipfile(path):
         return _load(path)
@@ -102,6 +108,9 @@ def _load(path):
                     "`convert` needs a whole model. Received: "
                     f"{path}, which has no model's config."
                 )
+    else:
+        # Refuses one that would fill the memory.
+        json_member(path, "config.json")
     try:
         return keras.saving.load_model(path, compile=not is_hdf5)
     except Exception as error:
@@ -111,7 +120,10 @@ def _load(path):
 
 def _read_h5(path):
     with h5py.File(path) as file:
-        model = _model_of(json.loads(file.attrs["model_config"]), path)
+        config = file.attrs["model_config"]
+        if len(config) > LARGEST_TEXT:
+            raise _unreadable(path, f"its config has {len(config):,} bytes")
+        model = _model_of(json.loads(config), path)
         groups = file["model_weights"]
         for layer in model.layers:
             _load_by_names(layer, _weights_in(groups, layer.name), path)
@@ -119,11 +131,14 @@ def _read_h5(path):
 
 
 def _read_archive(path):
-    with zipfile.ZipFile(path) as archive:
-        config = json.loads(archive.read("config.json"))
-        model = _model_of(config, path)
-        with archive.open("model.weights.h5") as file, h5py.File(file) as h5:
-            _load_by_classes(model, config, h5, path)
+    config = json_member(path, "config.json")
+    model = _model_of(config, path)
+    with (
+        zipfile.ZipFile(path) as archive,
+        archive.open("model.weights.h5") as file,
+        h5py.File(file) as h5,
+    ):
+        _load_by_classes(model, config, h5, path)
     return model
 
 
@@ -228,12 +243,12 @@ def _count_calls_from_0(config):
 
 
 def _weights_in(groups, name):
-    """List of the names and arrays of one layer's group, in their order."""
+    """List of the names and datasets of one layer's group, in their order."""
     if name not in groups:
         return []
     group = groups[name]
     return [
-        (text, np.asarray(group[text]))
+        (text, group[text])
         for text in map(_text, group.attrs.get("weight_names", ()))
     ]
 
@@ -282,7 +297,7 @@ def _load_by_classes(model, config, group, path):
 def _load_parts(layer, group, path):
     for name, part in group.items():
         if name == "vars":
-            values = [np.asarray(part[str(i)]) for i in range(len(part))]
+            values = [part[str(i)] for i in range(len(part))]
             variables = [
                 *layer._trainable_variables,
                 *layer._non_trainable_variables,
@@ -293,6 +308,7 @@ def _load_parts(layer, group, path):
 
 
 def _assign(layer, variables, values, path):
+    """Gives variables the arrays of datasets, read once their sizes fit."""
     sizes = [int(np.prod(v.shape)) for v in variables]
     if sizes != [x.size for x in values]:
         raise ValueError(
@@ -301,7 +317,7 @@ def _assign(layer, variables, values, path):
             f"{layer.name!r} with {[tuple(v.shape) for v in variables]}."
         )
     for variable, value in zip(variables, values):
-        variable.assign(value.reshape(variable.shape))
+        variable.assign(np.asarray(value).reshape(variable.shape))
 
 
 def _unreadable(what, error):

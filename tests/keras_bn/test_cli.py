@@ -257,7 +257,7 @@ def test_recalibrate_refuses_what_labels_refute(files, capsys, tmp_path):
         ),
         (
             ["healthy.keras", "--data", "data.npz", "--labels", "none"],
-            "the labels cannot be read",
+            "not a file. Received: --labels=none",
         ),
         (["healthy.keras", "--data", "images", "--labels=x"], "Leave it out"),
         (["healthy.keras", "--data", "data.npz", "--steps=9"], "ended early"),

@@ -80,7 +80,7 @@ def test_bad_input(folder, capsys, monkeypatch):
         (["--output=model.keras"], "a file"),
         (["--output=new", "--class_names=two.txt"], "Received: 2 names"),
         (["--output=new", "--class_names=latin.txt"], "are not UTF-8"),
-        (["--output=new", "--class_names=missing.txt"], "No such file"),
+        (["--output=new", "--class_names=missing.txt"], "no such file"),
         (["--output=new", _MEAN], "--mean and --deviation go together"),
         (["--output=new", "--mean=0", "--deviation=0"], "above zero"),
         (["--output=new", "--mean=0,1", "--deviation=1"], "Received: mean=[0"),
