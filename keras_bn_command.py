@@ -17,6 +17,7 @@ and of a framework: help and wrong arguments need neither.
 
 import argparse
 import contextlib
+import importlib.machinery
 import math
 import os
 import re
@@ -42,10 +43,10 @@ def main(arguments=None):
             stream.reconfigure(errors="backslashreplace")
     try:
         _check(options)
-        with start_up_lines_dropped():
+        with tensorflow_imported_quietly():
             from keras_bn import cli
 
-        return getattr(cli, options.command)(options)
+            return getattr(cli, options.command)(options)
     except KeyboardInterrupt:
         print("keras-bn: interrupted", file=sys.stderr)
         return 130
@@ -224,22 +225,51 @@ def _add_model_and_data(parser, required):
 
 
 @contextlib.contextmanager
-def start_up_lines_dropped():
-    """What native code writes to stderr goes nowhere.
+def tensorflow_imported_quietly():
+    """What TensorFlow 2.21 says of the machine when it is imported is dropped.
 
-    TensorFlow 2.21 says what it found whatever TF_CPP_MIN_LOG_LEVEL is; this
-    is for what it says later. A user who sets it to 0 or 1 sees all.
+    It says that whatever TF_CPP_MIN_LOG_LEVEL is, which is for what comes
+    later. Keras imports TensorFlow on other backends too, at any time. A user
+    who sets the level to 0 or 1 sees all.
     """
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    finder = _QuietTensorFlow()
+    if level not in ("0", "1"):
+        sys.meta_path.insert(0, finder)
     try:
-        kept = os.dup(2)
-    except OSError:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(finder)
+
+
+class _QuietTensorFlow:
+    """A finder of TensorFlow alone, which drops what its import prints."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "tensorflow":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_quietly(module):
+                with _native_lines_dropped():
+                    execute(module)
+
+            spec.loader.exec_module = execute_quietly
+        return spec
+
+
+@contextlib.contextmanager
+def _native_lines_dropped():
+    """What native code writes to stderr goes nowhere."""
+    if sys.stderr is None:
         # This process was started without one.
-        kept = None
-    if kept is None or level in ("0", "1"):
         yield
         return
     sys.stderr.flush()
+    kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)

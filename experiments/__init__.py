@@ -18,7 +18,7 @@ from absl import app
 from absl import flags
 from absl import logging
 
-from keras_bn_command import start_up_lines_dropped
+from keras_bn_command import tensorflow_imported_quietly
 
 # TensorFlow's native start-up lines would bury a program's own one line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -73,7 +73,8 @@ def launch(
                     f"every setting is a flag. Received: {argv[1]!r}; "
                     "--help lists the flags"
                 )
-            return main(argv)
+            with tensorflow_imported_quietly():
+                return main(argv)
         except ExperimentError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -141,8 +142,7 @@ def require_backend() -> None:
         ExperimentError: it has not.
     """
     try:
-        with start_up_lines_dropped():
-            import keras
+        import keras
 
         name = keras.backend.backend()
         if name in BACKENDS:

@@ -13,7 +13,6 @@ import numpy as np
 
 from experiments import ExperimentError
 from experiments import download
-from keras_bn_command import start_up_lines_dropped
 
 DATASETS = ("auto", "cifar10", "digits")
 INPUTS = ("raw", "standardized")
@@ -237,9 +236,7 @@ def _encoded(tfds, builder, split):
 def _leave_accelerators_to_keras():
     """Keeps TensorFlow, as a mere reader, from taking a GPU's memory."""
     import keras
-
-    with start_up_lines_dropped():
-        import tensorflow as tf
+    import tensorflow as tf
 
     if keras.backend.backend() != "tensorflow":
         tf.config.set_visible_devices([], "GPU")

@@ -15,6 +15,7 @@ from keras import layers
 import keras_bn
 import keras_bn_checks
 import keras_bn_command
+from keras_bn.backends import is_installed
 from keras_bn.diagnostics.text_table import text_table
 from keras_bn.serving.interface import interface_of
 from keras_bn.surgery.tf_keras_models import is_tf_keras_file
@@ -140,6 +141,39 @@ def test_what_needs_no_keras(files):
         assert error.startswith("keras-bn: error: ") and said in error, error
         assert error.count("\n") == 1
     assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "backend, arguments",
+    [
+        (keras.backend.backend(), ["audit", "model.keras", "--data=data.npz"]),
+        # Keras imports TensorFlow there too, where it is installed.
+        ("jax", ["fold", "model.keras", "--output"]),
+    ],
+    ids=["this backend", "jax"],
+)
+def test_no_line_of_a_framework_comes_first(
+    backend, arguments, files, tmp_path
+):
+    if not is_installed(backend):
+        pytest.skip(f"{backend} is not installed")
+    if arguments[-1] == "--output":
+        arguments = [*arguments, str(tmp_path / "new.keras")]
+    environment = os.environ | {
+        "KERAS_BACKEND": backend,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)
+    program = "import keras_bn_command, sys; sys.exit(keras_bn_command.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=environment,
+        cwd=files,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode < 2 and done.stdout
+    assert done.stderr == ""
 
 
 @keras.saving.register_keras_serializable(package="tests")

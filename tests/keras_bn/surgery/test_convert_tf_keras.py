@@ -169,7 +169,7 @@ def test_bad_files(tmp_path):
         (tmp_path / "no.keras", "neither, or damaged"),
         (tmp_path / "weights.h5", "needs a whole model"),
         (tmp_path / "empty.keras", "there is no model in it"),
-        (tmp_path / "torn.keras", "cannot make a model of Keras 3"),
+        (tmp_path / "torn.keras", "its config.json cannot be read"),
         (multiplied, "cannot make a model of Keras 3"),
     ):
         with pytest.raises(ValueError, match=message) as error:
