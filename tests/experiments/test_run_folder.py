@@ -11,6 +11,7 @@ from experiments import ExperimentError
 from experiments import run_folder
 from experiments import same_settings
 from experiments.checkpoint import Position
+from tests import locks
 
 
 def _model(seed=0):
@@ -198,6 +199,16 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
     with pytest.raises(ExperimentError, match="steps=6 there, 5 now"):
         with other.locked():
             pass
+
+
+def test_the_next_holder_of_a_lock_is_alone(tmp_path, monkeypatch):
+    folder = run_folder.RunFolder(tmp_path / "9", _description())
+
+    def train():
+        with folder.locked():
+            pass
+
+    locks.check_that_next_holder_is_alone(monkeypatch, train)
 
 
 def test_what_a_killed_process_was_writing_goes(interrupted):

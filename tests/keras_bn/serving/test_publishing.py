@@ -13,6 +13,7 @@ from keras_bn.serving import publishing
 from keras_bn.serving.publishing import publish
 from keras_bn_checks import LARGEST_VERSION
 from keras_bn_checks import check_destination
+from tests import locks
 from tests import without_posix
 
 
@@ -179,34 +180,10 @@ def test_a_kill(point, tmp_path):
     assert not _hidden(tmp_path)
 
 
-def test_a_lock_is_not_split(tmp_path, monkeypatch):
-    """Who gets the lock when it is released has the only one.
-
-    Its file is removed while it is held: removed later, it would be that of
-    the next holder.
-    """
-    real, next_ones = filelock.FileLock, []
-
-    class Watched:
-        def __init__(self, lock_file, **options):
-            self.lock_file = lock_file
-            self._lock = real(lock_file, **options)
-
-        def acquire(self):
-            self._lock.acquire()
-
-        def release(self):
-            self._lock.release()
-            next_ones.append(real(self.lock_file, blocking=False))
-            next_ones[0].acquire()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(filelock, "FileLock", Watched)
-        publish(tmp_path, None, _fill)
-    (held,) = next_ones
-    with pytest.raises(filelock.Timeout):
-        real(held.lock_file, blocking=False).acquire()
-    held.release()
+def test_the_next_holder_of_a_lock_is_alone(tmp_path, monkeypatch):
+    locks.check_that_next_holder_is_alone(
+        monkeypatch, lambda: publish(tmp_path, None, _fill)
+    )
 
 
 def test_a_disk_without_locks(tmp_path, monkeypatch):
