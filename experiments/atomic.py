@@ -21,13 +21,14 @@ def write_text(path: Path | str, text: str) -> None:
     """
     path = Path(path)
     with _one_line(path), contextlib.ExitStack() as cleanup:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         descriptor, temporary = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.name}."
         )
         cleanup.callback(Path(temporary).unlink, missing_ok=True)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
             to_disk(file.fileno())
         # mkstemp makes the file private; give it the usual permissions.
         mask = os.umask(0)
@@ -47,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; what was there stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     incomplete = path.with_name(f"incomplete.{path.name}")
     try:
         yield incomplete
@@ -58,8 +59,22 @@ def replacing(path: Path) -> Iterator[Path]:
         incomplete.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, where they are missing.
+
+    Raises:
+        OSError: one cannot be made.
+    """
+    missing = [x for x in (path, *path.parents) if not x.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        to_disk(folder.parent)
+
+
 def to_disk(file: Path | str | int) -> None:
     """Waits until a file, or the names in a folder, would outlive the power.
+
+    Windows opens no folders, and has nothing to wait for there.
 
     Args:
         file: path, or descriptor of an open file.
@@ -67,7 +82,13 @@ def to_disk(file: Path | str | int) -> None:
     if isinstance(file, int):
         os.fsync(file)
         return
-    descriptor = os.open(file, os.O_RDONLY)
+    # Windows flushes only what may be written to.
+    mode = os.O_RDWR
+    if os.path.isdir(file):
+        if not hasattr(os, "O_DIRECTORY"):
+            return
+        mode = os.O_RDONLY | os.O_DIRECTORY
+    descriptor = os.open(file, mode)
     try:
         os.fsync(descriptor)
     finally:

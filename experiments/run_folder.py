@@ -135,7 +135,7 @@ class RunFolder:
                 been begun since then.
             OSError: the folder cannot be written to.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(self.path)
         # A soft lock would outlive a killed process.
         lock = filelock.FileLock(
             self._lock, blocking=False, fallback_to_soft=False
@@ -151,8 +151,10 @@ class RunFolder:
             self._examine()
             yield
         finally:
-            # While it is held: who waits for it sees that it is gone.
-            self._lock.unlink(missing_ok=True)
+            # While it is held: who waits for it sees that it is gone. Windows
+            # deletes no open file; there filelock does when it releases it.
+            with contextlib.suppress(PermissionError):
+                self._lock.unlink(missing_ok=True)
             lock.release()
 
     def _require_empty(self):

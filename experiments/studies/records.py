@@ -90,7 +90,7 @@ def add_lines(
         "measures": {x: _rounded(y) for x, y in measures.items()},
     }
     path = folder / FILE
-    folder.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(folder)
     # Several processes may share the runs of a study.
     with filelock.FileLock(folder / "runs.lock"):
         lines = []
