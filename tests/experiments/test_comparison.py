@@ -36,6 +36,14 @@ def test_the_articles_steps_are_compared_over_its_own_points():
     assert one.difference == pytest.approx(0.031)
 
 
+def test_both_ends_of_a_span_belong_to_it():
+    # The article's own points are from 540 to 2,590.
+    (one,) = comparison.at_published_steps(
+        _summary([539, 540, 2590, 2591], [[0, 0.4, 0.5, 1]])
+    )
+    assert (one.low, one.high, one.points) == (0.4, 0.5, 2)
+
+
 def test_one_seed_has_the_spread_of_its_evaluations():
     (one,) = comparison.at_published_steps(
         _summary([1000, 2000], [[0.4, 0.5]])
@@ -152,3 +160,11 @@ def test_stability_finds_collapses_and_not_slopes():
     assert [x.collapses for x in found] == [(0,), (2,)]
     assert found[1].deviation > 0.02
     assert comparison.stability(calm[None, :20]) is None
+
+
+def test_a_collapse_is_below_the_median_of_those_around():
+    # Its own window has a mean of 0.49, and the median of the calm ones.
+    accuracies = np.full(100, 0.5)
+    accuracies[80] = 0.395
+    found = comparison.stability(accuracies[None])
+    assert found.collapses == (1,)

@@ -122,6 +122,16 @@ def test_flattened():
     # It never learned.
     assert verdict.flattened([[2.31, 2.3, 2.3, 2.302, 2.3, 2.3, 2.3, 2.3]])
     assert verdict.flattened([[2.0, np.nan, np.nan, np.nan]])
+    # The whole third quarter counts, its mean, and no other evaluation.
+    for third, flat in (
+        ((1.09, 1.0), True),
+        ((1.0, 1.09), True),
+        ((1.12, 1.0), False),
+        ((1.0, 1.12), False),
+    ):
+        for before in (1.0, 2.0):
+            loss = [2.0, 2.0, before, before, *third, 1.0, 1.0]
+            assert verdict.flattened([loss]) is flat
     # Too few evaluations to tell.
     assert not verdict.flattened([[2.0, 1.0, 1.0]])
 
