@@ -15,7 +15,6 @@ adds to a whole model.
 """
 
 import datetime
-import itertools
 import json
 import math
 import os
@@ -29,13 +28,13 @@ from importlib.util import find_spec
 import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.progress import Progress
 
 from experiments import ExperimentError
 from experiments import atomic
 from experiments import child_process
 from experiments import launch
 from experiments import machine
+from experiments import progress
 from experiments.benchmark_candidates import OPERATIONS
 from experiments.benchmark_candidates import PEERS
 from experiments.benchmark_candidates import has_peer
@@ -336,14 +335,16 @@ def run() -> None:
         "dtype": _DTYPE.value,
         "repetitions": _REPETITIONS.value,
     }
-    with Progress(console=Console(stderr=True)) as progress:
-        steps = len(backends) * len(shapes) * len(OPERATIONS)
-        steps += "tensorflow" in backends
-        task = progress.add_task("starting", total=steps)
-        begun = itertools.count()
+    groups = len(backends) * len(shapes) * len(OPERATIONS)
+    groups += "tensorflow" in backends
+    with progress.bar("starting", groups, " groups") as bar:
+        begun = False
 
         def advance(words: str) -> None:
-            progress.update(task, description=words, completed=next(begun))
+            nonlocal begun
+            bar.update(begun)
+            bar.set_description(words)
+            begun = True
 
         for backend in backends:
             report["measurements"] += compare(
@@ -357,7 +358,7 @@ def run() -> None:
             )
         else:
             report["left_out"].append("training step: needs tensorflow")
-        progress.update(task, description="done", completed=steps)
+        bar.update()
     print_tables(report, Console())
     if _OUTPUT.value is not None:
         atomic.write_text(_OUTPUT.value, json.dumps(report, indent=2) + "\n")

@@ -7,9 +7,8 @@ import sys
 import tempfile
 import time
 
-import tqdm
-
 from experiments import ExperimentError
+from experiments import progress
 
 STALL_SECONDS = 30.0  # without a byte for this long, a download is given up
 ARCHIVE_BYTES = 170_052_171  # cifar-10-binary.tar.gz
@@ -89,12 +88,8 @@ def download(data_dir: str, stall_seconds: float | None = None) -> None:
 def _await_download(process, folder, stall_seconds):
     """Waits for `process`, which downloads into `folder`, to end."""
     seen, last_byte = 0, time.monotonic()
-    with tqdm.tqdm(
-        desc="CIFAR-10",
-        total=ARCHIVE_BYTES,
-        unit="B",
-        unit_scale=True,
-        disable=None,
+    with progress.bar(
+        "CIFAR-10", ARCHIVE_BYTES, "B", unit_scale=True
     ) as bar:
         while process.poll() is None:
             time.sleep(0.1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import tqdm
 
 from experiments import data
+from experiments import progress
 from experiments import ray_grid
 from experiments import require_backend
 from experiments import run_folder
@@ -41,11 +42,10 @@ def train_all(
         KeyboardInterrupt: as `train.run`.
     """
     jobs = [(path, x) for path, runs in grids.items() for x in runs]
-    with tqdm.tqdm(
-        desc=f"all {len(jobs)} runs",
-        total=sum(settings.steps for _, settings in jobs),
-        unit=" steps",
-        disable=None,
+    with progress.bar(
+        f"all {len(jobs)} runs",
+        sum(settings.steps for _, settings in jobs),
+        " steps",
     ) as bar:
         if ray:
             final = ray_grid.train(

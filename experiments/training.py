@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import tqdm
 
 from experiments import Stopped
 from experiments import data
 from experiments import evaluation
 from experiments import interruptions_deferred
+from experiments import progress
 from experiments import raise_if_interrupted
 from experiments import run_folder
 from experiments import run_model
@@ -82,13 +82,12 @@ class Training:
             settings.begin(self._model, self._all_images)
         workers.start(self._model, lambda: run_model.build(settings))
         self._on_steps(self._step)
-        self._bar = tqdm.tqdm(
-            desc=self._name,
-            total=settings.steps * settings.batch_size,
-            initial=self._step * settings.batch_size,
-            unit=" images",
-            unit_scale=True,
-            disable=None if folder else True,
+        self._bar = progress.bar(
+            self._name,
+            settings.steps,
+            " steps",
+            initial=self._step,
+            disable=not folder,
             leave=False,
         )
         try:
@@ -144,7 +143,7 @@ class Training:
             self._mean.add(report, self._settings.batch_size)
         self._step += len(reports)
         self._bar.set_postfix(self._mean.values(), refresh=False)
-        self._bar.update(len(reports) * self._settings.batch_size)
+        self._bar.update(len(reports))
         self._on_steps(len(reports))
 
     def _evaluate(self):

@@ -34,7 +34,6 @@ from pathlib import Path
 from absl import flags
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from experiments import ExperimentError
@@ -45,6 +44,7 @@ from experiments import launch
 from experiments import pitfall_arms
 from experiments import pitfall_child
 from experiments import pitfall_figures
+from experiments import progress
 from experiments import raise_if_interrupted
 from experiments import require_backend
 from experiments import result_files
@@ -91,7 +91,6 @@ def run(
     settings: Settings,
     dataset: data.Dataset,
     output: Path,
-    progress: Progress,
 ) -> list[dict]:
     """Trains and examines what is left to do.
 
@@ -100,7 +99,6 @@ def run(
         settings: of every training but that of few steps.
         dataset: what to train on.
         output: folder of the results.
-        progress: gets a task that counts training steps.
 
     Returns:
         The lines of results.jsonl for these forms, in order.
@@ -115,19 +113,17 @@ def run(
     done = {line["arm"]: line for line in lines}
     arms = [arm for form in forms for arm in form.arms if arm.name not in done]
     groups = _groups(arms, output, keras.backend.backend())
-    task = progress.add_task("starting", total=_steps(arms, settings))
     trained = [arm for arm in arms if _is_trained(arm, output)]
-    progress.advance(task, _steps(trained, settings))
     words = "before the first arm"
 
     def on_answer(answer: dict) -> None:
         nonlocal words
         raise_if_interrupted()
-        progress.advance(task, answer.get("step", 0))
+        bar.update(answer.get("step", 0))
         if "arm" in answer:
             arm = pitfall_arms.ARMS[answer["arm"]]
             words = f"form {arm.form}, {arm.title}"
-            progress.update(task, description=words)
+            bar.set_description(words)
         if "facts" in answer:
             facts = answer["facts"]
             done[facts["arm"]] = facts
@@ -136,7 +132,15 @@ def run(
             atomic.write_text(output / _RESULTS, text)
 
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            progress.bar(
+                "starting",
+                _steps(arms, settings),
+                " steps",
+                initial=_steps(trained, settings),
+            ) as bar,
+        ):
             if arms:
                 pitfall_child.write_images(dataset, Path(folder))
             for framework, group in groups.items():
@@ -307,14 +311,14 @@ def main(argv):
             "output is the folder of the results. Received: an empty one"
         )
     output = Path(flags.FLAGS.output)
-    atomic.check_writable(output / "run.json")
+    atomic.check_folder(output)
+    data.check(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     require_backend()
     dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     print(f"{dataset.note}, {settings.steps:,} steps -> {output}", flush=True)
     for line in left_out:
         print(line, flush=True)
-    with Progress(console=Console(stderr=True)) as progress:
-        lines = run(forms, settings, dataset, output, progress)
+    lines = run(forms, settings, dataset, output)
     Console().print(table(lines))
     paths = pitfall_figures.draw_forms(
         lines, settings.steps, dataset.name, output

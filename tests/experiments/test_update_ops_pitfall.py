@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from rich.progress import Progress
+import tqdm
 
 import keras_bn
 from experiments import ExperimentError
@@ -21,6 +21,7 @@ from experiments import pitfall_arms
 from experiments import pitfall_child
 from experiments import pitfall_examination
 from experiments import pitfall_figures
+from experiments import progress
 from experiments import run_model
 from experiments import train
 from experiments import update_ops_pitfall
@@ -55,8 +56,7 @@ def few():
 
 def _run(letters, few, output):
     forms = pitfall_arms.parse(list(letters))
-    with Progress(disable=True) as progress:
-        return update_ops_pitfall.run(forms, _SETTINGS, few, output, progress)
+    return update_ops_pitfall.run(forms, _SETTINGS, few, output)
 
 
 @pytest.fixture(scope="module")
@@ -237,19 +237,18 @@ def test_wrong_flags_are_one_line(flags, said):
     assert done.stderr.count("\n") == 1, done.stderr
 
 
-def test_an_interruption_says_how_to_go_on(few, tmp_path):
+def test_an_interruption_says_how_to_go_on(few, tmp_path, monkeypatch):
     (form,) = pitfall_arms.parse([_FORMS[0]])
     said = []
 
-    class Interrupted(Progress):
-        def update(self, task, **words):
-            said.append(words["description"])
+    class Interrupted(tqdm.tqdm):
+        def set_description(self, words):
+            said.append(words)
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(progress, "bar", lambda *given, **_: Interrupted())
     with pytest.raises(KeyboardInterrupt) as interruption:
-        update_ops_pitfall.run(
-            [form], _SETTINGS, few, tmp_path, Interrupted(disable=True)
-        )
+        update_ops_pitfall.run([form], _SETTINGS, few, tmp_path)
     first = f"form {form.letter}, {form.arms[0].title}"
     assert said == [first]
     assert str(interruption.value) == (
