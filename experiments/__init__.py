@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from absl import app
 from absl import flags
@@ -33,8 +34,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
-# What asks a program to stop: Ctrl-C, `kill`, a terminal that closes.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What asks a program to stop: Ctrl-C, `kill`, a terminal that closes (Windows
+# has no signal for it).
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP")
+    if hasattr(signal, name)
+)
 
 # The signals that asked this process to stop.
 _interruptions = []
@@ -141,16 +147,24 @@ def require_backend() -> None:
     Raises:
         ExperimentError: it has not.
     """
+    name = os.environ.get("KERAS_BACKEND")
+    if name in BACKENDS and not find_spec(name):
+        # Found out before Keras has imported all else.
+        raise _no_backend(f"{name} is not installed")
+    if name and name not in BACKENDS:
+        raise _no_backend(f"{name} cannot train")
     try:
         import keras
 
         name = keras.backend.backend()
-        if name in BACKENDS:
-            return
-        reason = f"{name} cannot train"
     except (ImportError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-    raise ExperimentError(
+        raise _no_backend(str(error).split("\n")[0]) from error
+    if name not in BACKENDS:
+        raise _no_backend(f"{name} cannot train")
+
+
+def _no_backend(reason):
+    return ExperimentError(
         f"Keras has no backend to train on ({reason}): set KERAS_BACKEND to "
         f"one of {', '.join(BACKENDS)} that is installed"
     )

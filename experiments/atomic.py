@@ -109,12 +109,33 @@ def check_writable(path: Path | str) -> None:
     with _one_line(path):
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-        # Tried on what exists: nothing is made for a program that then fails.
-        folder = path.parent
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        _try_folder(path.parent)
+
+
+def check_folder(path: Path | str) -> None:
+    """Finds out now whether files could be written in a folder later.
+
+    Args:
+        path: folder; it and those above it may be missing.
+
+    Raises:
+        ExperimentError: it is a file, or cannot be made or written to.
+    """
+    try:
+        _try_folder(Path(path))
+    except OSError as error:
+        raise ExperimentError(
+            f"cannot write to the folder {path} ({error.strerror}): give one "
+            "that you may write to"
+        ) from error
+
+
+def _try_folder(folder):
+    # Tried on what exists: nothing is made for a program that then fails.
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextlib.contextmanager

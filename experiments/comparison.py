@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 from experiments import article
 from experiments.report_summaries import Summary
@@ -264,12 +263,17 @@ def paired_difference(
     mean = float(differences.mean())
     if count < 2:
         return Difference(mean, None, None, count)
+    # SciPy takes longer to import than all that a user's mistake needs.
+    from scipy import stats
+
     reach = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
     reach *= _deviation(differences) / math.sqrt(count)
     return Difference(mean, mean - reach, mean + reach, count)
 
 
 def _tau(ours, others) -> float:
+    from scipy import stats
+
     return float(stats.kendalltau(ours, others).statistic)
 
 

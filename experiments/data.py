@@ -89,19 +89,10 @@ def load(dataset: str = "auto", data_dir: str | None = None) -> Dataset:
         ExperimentError: the folder given does not exist, what is prepared in
             it cannot be read, or CIFAR-10 is insisted on and not to be had.
     """
-    if dataset not in DATASETS:
-        raise ExperimentError(
-            f"dataset is one of {', '.join(DATASETS)}. "
-            f"Received: dataset={dataset!r}"
-        )
+    check(dataset, data_dir)
     if dataset == "digits":
         return load_digits()
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
-    if data_dir and not os.path.isdir(data_dir):
-        raise ExperimentError(
-            "the data folder does not exist: create it, or give another. "
-            f"Received: data_dir={data_dir}"
-        )
     data_dir = data_dir or os.path.expanduser("~/tensorflow_datasets")
     try:
         builder = _cifar10_builder(data_dir)
@@ -120,6 +111,25 @@ def load(dataset: str = "auto", data_dir: str | None = None) -> Dataset:
             file=sys.stderr,
         )
         return load_digits()
+
+
+def check(dataset: str, data_dir: str | None) -> None:
+    """Finds out, before anything is imported, whether `load` can be asked.
+
+    Raises:
+        ExperimentError: it cannot: there is no such data set or folder.
+    """
+    if dataset not in DATASETS:
+        raise ExperimentError(
+            f"dataset is one of {', '.join(DATASETS)}. "
+            f"Received: dataset={dataset!r}"
+        )
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR")
+    if dataset != "digits" and folder and not os.path.isdir(folder):
+        raise ExperimentError(
+            "the data folder does not exist: create it, or give another. "
+            f"Received: data_dir={folder}"
+        )
 
 
 def load_digits() -> Dataset:

@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from experiments import ExperimentError
+from experiments import atomic
 from experiments import data
 from experiments import evaluation
 from experiments import launch
@@ -84,6 +85,16 @@ def load_run(folder: Path, settings: Settings) -> keras.Model:
     return network
 
 
+def require_file(path: Path) -> None:
+    """Finds out whether a file is there.
+
+    Raises:
+        ExperimentError: it is not.
+    """
+    if not path.is_file():
+        raise ExperimentError(f"there is no such file. Received: model={path}")
+
+
 def load_file(path: Path) -> keras.Model:
     """Returns the network of a .keras file.
 
@@ -91,12 +102,11 @@ def load_file(path: Path) -> keras.Model:
         ExperimentError: it cannot be loaded, or takes or gives something else
             than images of 32x32x3 and the logits of 10 classes.
     """
+    require_file(path)
     import keras
 
     import keras_bn  # noqa: F401 - its layer may be in the file
 
-    if not path.is_file():
-        raise ExperimentError(f"there is no such file. Received: model={path}")
     try:
         network = keras.saving.load_model(path, compile=False)
     except Exception as error:  # Keras raises many kinds
@@ -246,10 +256,20 @@ def main(argv):
             f"--model={model} --input={input}"
         )
     dataset_name, facts = flags.FLAGS.dataset, None
-    if not is_file:
+    atomic.check_folder(output)
+    if is_file:
+        require_file(path)
+    else:
         settings, facts = read_run(path)
         input, dataset_name = settings.input, facts["dataset"]
+    data.check(dataset_name, flags.FLAGS.data_dir)
     require_backend()
+    from keras_bn.serving import publishing
+
+    try:
+        publishing.check_destination(output, None)
+    except ValueError as error:
+        raise ExperimentError(str(error)) from error
     dataset = data.load(dataset_name, flags.FLAGS.data_dir)
     if facts:
         require_same_data(facts, dataset)

@@ -44,12 +44,7 @@ def gpus() -> list[str]:
     """
     import keras
 
-    backend = keras.backend.backend()
-    if backend != "tensorflow":
-        raise ExperimentError(
-            "gpu_check is TensorFlow's: set KERAS_BACKEND=tensorflow. "
-            f"Received: KERAS_BACKEND={backend}"
-        )
+    check_backend(keras.backend.backend())
     import tensorflow as tf
 
     found = tf.config.list_physical_devices("GPU")
@@ -61,6 +56,22 @@ def gpus() -> list[str]:
         )
     details = map(tf.config.experimental.get_device_details, found)
     return [x.get("device_name", "GPU of unknown name") for x in details]
+
+
+def check_backend(backend: str | None) -> None:
+    """Finds out whether a backend is TensorFlow.
+
+    Args:
+        backend: name of it; None where it is not known yet.
+
+    Raises:
+        ExperimentError: it is not.
+    """
+    if backend not in (None, "tensorflow"):
+        raise ExperimentError(
+            "gpu_check is TensorFlow's: set KERAS_BACKEND=tensorflow. "
+            f"Received: KERAS_BACKEND={backend}"
+        )
 
 
 def check(

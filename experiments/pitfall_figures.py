@@ -3,10 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-
 from experiments import ExperimentError
 from experiments.report_figures import GRID
 from experiments.report_figures import INK
@@ -31,6 +27,8 @@ def draw_headline(curve: Sequence[dict], note: str, folder: Path) -> list[Path]:
     Raises:
         ExperimentError: they cannot be written.
     """
+    import matplotlib
+
     with matplotlib.rc_context(style("headline")):
         figure, axes = _figure(5.6, 3.6)
         steps = [line["step"] for line in curve]
@@ -84,6 +82,9 @@ def draw_forms(
     Raises:
         ExperimentError: they cannot be written.
     """
+    import matplotlib
+    from matplotlib.patches import Patch
+
     with matplotlib.rc_context(style("forms")):
         figure, axes = _figure(7.2, 1.1 + 0.42 * len(lines))
         height, places, place, form = 0.38, [], 0.0, None
@@ -139,6 +140,8 @@ def draw_forms(
 
 
 def _figure(width, height):
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(color=GRID, linewidth=0.6)

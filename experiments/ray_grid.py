@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from experiments import ExperimentError
@@ -23,6 +24,19 @@ LOCAL = "local"
 # How often a run may lose its worker, or its machine.
 RETRIES = 5
 _REACH_SECONDS = 10.0
+
+
+def require() -> None:
+    """Finds out whether Ray is installed; does not import it.
+
+    Raises:
+        ExperimentError: it is not.
+    """
+    if not find_spec("ray"):
+        raise ExperimentError(
+            "--ray needs the package ray: install the extra, as in pip "
+            "install '.[ray]', or leave --ray out"
+        )
 
 
 def train(
@@ -52,13 +66,9 @@ def train(
             a run cannot be trained, or its workers died too often.
         KeyboardInterrupt: the program was told to stop; it says how to go on.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ExperimentError(
-            "--ray needs the package ray: install the extra, as in pip "
-            "install '.[ray]', or leave --ray out"
-        ) from error
+    require()
+    import ray
+
     names = ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL")
     environment = {x: os.environ[x] for x in names if x in os.environ}
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]

@@ -56,6 +56,8 @@ def write_report(
             f"no control experiment in {results_dir} has a finished run yet "
             "beside those of the article's settings; come back when one has"
         )
+    if not (others or begun) and results_dir.is_dir():
+        raise ExperimentError(_nothing(results_dir))
     if begun or not others:
         try:
             contents = report_summaries.read_contents(
@@ -64,17 +66,41 @@ def write_report(
         except report_summaries.NothingEvaluatedError:
             if not others:
                 raise
+    if contents is None and published_curves is not None:
+        # Nothing to draw them in, but a wrong file is said.
+        report_summaries.read_published_curves(published_curves)
+    path = results_dir / "report.html"
+    atomic.check_writable(path)
     sections, figures = report_sections.page_sections(
         contents, found, studied
     )
     template = string.Template(_TEMPLATE.read_text(encoding="utf-8"))
     page = template.substitute(sections)
-    path = results_dir / "report.html"
     # All is drawn before the first file is touched, and the page comes last.
     for name, svg in figures.items():
         atomic.write_text(results_dir / "figures" / f"{name}.svg", svg)
     atomic.write_text(path, page)
     return path
+
+
+def _nothing(results_dir):
+    """Says what to do where there are no results, but perhaps nearby."""
+    nearby = [*results_dir.parents[:3], *sorted(results_dir.iterdir())]
+    for folder in nearby:
+        if (
+            result_files.has_files(folder, "*/*/run.json")
+            or result_files.has_files(folder, report_studies.FILES)
+            or control_results.begun(folder)
+        ):
+            return (
+                f"{results_dir} is no folder of results, but {folder} is: "
+                f"give --results={folder}"
+            )
+    return (
+        f"no results in {results_dir}: train a condition (python -m "
+        "experiments.train) or run a study (python -m experiments.studies) "
+        "first, or give another folder"
+    )
 
 
 def main(argv: list[str]) -> None:

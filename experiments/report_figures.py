@@ -5,9 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from experiments import article
 from experiments.report_html import escape
@@ -120,6 +118,10 @@ def draw(
         The SVG for a white background, and a sentence that says which
         points lie outside the axes, empty if none does.
     """
+    # Matplotlib takes longer to import than all that a user's mistake needs.
+    import matplotlib
+    from matplotlib.figure import Figure
+
     looks = [
         (summary, summary.curve(), color, dashes)
         for summary, color, dashes in zip(summaries, SERIES, DASHES)

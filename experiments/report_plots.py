@@ -3,9 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from experiments.report_figures import DASHES
 from experiments.report_figures import GRID
@@ -34,6 +32,9 @@ def draw_dots(
     Returns:
         The SVG for a white background.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(style(name)):
         labels = [textwrap.fill(words, _ROW_LETTERS) for words, _ in groups]
         lines = sum(1 + words.count("\n") for words in labels)
@@ -95,6 +96,9 @@ def draw_lines(
     Returns:
         The SVG for a white background.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(style(name)):
         labels = [textwrap.fill(x, _LEGEND_LETTERS) for x, _, _ in lines]
         rows = sum(1 + words.count("\n") for words in labels)

@@ -10,10 +10,14 @@ from experiments.report_html import items
 from experiments.report_html import paragraphs
 from experiments.report_html import section
 from experiments.report_html import table
+from experiments.studies import records
+from experiments.studies.study import FOLDER
 from experiments.studies.study import Results
 from experiments.studies.verdict import NOT_ASSESSED
 from experiments.studies.verdict import NOT_SUPPORTED
 
+# Where the studies are, below a folder of results.
+FILES = f"{FOLDER}/*/{records.FILE}"
 HEADINGS = ("study", "claim", "verdict", "effect")
 
 

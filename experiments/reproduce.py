@@ -28,6 +28,7 @@ from experiments import controls
 from experiments import data
 from experiments import launch
 from experiments import many_runs
+from experiments import ray_grid
 from experiments import report
 from experiments import report_summaries
 from experiments import require_backend
@@ -338,10 +339,14 @@ def main(argv):
         for settings in runs:
             train.check_output(settings, folder)
     atomic.check_writable(Path(output) / "report.html")
+    if flags.FLAGS.ray:
+        ray_grid.require()
+    data.check(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     require_backend()
     dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     for folder, runs in grids.items():
-        print(f"{dataset.note}, {runs[0].steps:,} steps -> {folder}")
+        steps = f"{runs[0].steps:,} steps"
+        print(f"{dataset.note}, {steps} -> {folder}", flush=True)
     for folder, accuracies in run(grids, dataset, flags.FLAGS.ray).items():
         if len(grids) > 1:
             print(f"{folder}:")

@@ -34,6 +34,7 @@ from experiments import result_files
 from experiments import run_folder
 from experiments import run_model
 from experiments import run_settings
+from experiments import same_settings
 from experiments import training
 from experiments.distribution.workers import Workers
 from experiments.run_settings import RunSettings
@@ -46,15 +47,23 @@ def check_output(settings: RunSettings, output: Path | str) -> None:
     A finished run is only read.
 
     Raises:
-        ExperimentError: it cannot be.
+        ExperimentError: it cannot be, or a run of other settings is there.
     """
     if not str(output):
         raise ExperimentError(
             "output is the folder of all results. Received: an empty one"
         )
     folder = settings.folder(output)
+    facts = folder / "run.json"
+    if os.path.exists(facts):
+        # `describe` knows more of it, and takes long to find out.
+        same_settings.require_settings(
+            folder,
+            result_files.read_facts(facts),
+            dataclasses.asdict(settings) | settings.facts(),
+        )
     if not result_files.has_weights(folder):
-        atomic.check_writable(folder / "run.json")
+        atomic.check_folder(folder)
 
 
 def run(
@@ -181,14 +190,31 @@ def describe(
     }
 
 
+def from_flags() -> Settings:
+    """Returns what the flags ask for; looks at all of them, without Keras.
+
+    Raises:
+        ExperimentError: a flag cannot be used.
+    """
+    given = run_settings.given()
+    if "condition" not in given:
+        raise ExperimentError("give a condition, --condition=0 to 11")
+    settings = Settings(**given)
+    distribution.check(
+        settings,
+        flags.FLAGS.time_limit,
+        flags.FLAGS.cpu_devices,
+        os.environ.get("KERAS_BACKEND"),
+    )
+    data.check(flags.FLAGS.dataset, flags.FLAGS.data_dir)
+    return settings
+
+
 def main(argv):
     del argv
     if flags.FLAGS.preset == "gpu_check":
         return _check_gpu()
-    given = run_settings.given()
-    if "condition" not in given:
-        raise ExperimentError("give a condition, --condition=0 to 11")
-    settings, output = Settings(**given), flags.FLAGS.output
+    settings, output = from_flags(), flags.FLAGS.output
     if settings.distribution == "none":
         # Of several processes the chief alone writes: `run` has it checked.
         check_output(settings, output)
@@ -215,6 +241,8 @@ def _check_gpu():
                 "--preset=gpu_check has settings of its own: leave out "
                 f"--{name}"
             )
+    data.check(flags.FLAGS.dataset, flags.FLAGS.data_dir)
+    gpu_check.check_backend(os.environ.get("KERAS_BACKEND"))
     require_backend()
     for name in gpu_check.gpus():
         print(f"GPU: {name}", flush=True)

@@ -16,7 +16,10 @@ import sys
 import tempfile
 import time
 
+from absl import flags
+
 from experiments import ExperimentError
+from experiments import distribution
 from experiments import interruptions_deferred
 from experiments import launch
 from experiments import raise_if_interrupted
@@ -157,6 +160,8 @@ def _free_ports():
 
 def main(argv):
     del argv
+    distribution.require_several_processes()
+    train.check_output(train.from_flags(), flags.FLAGS.output)
     require_backend()
     import keras
 

@@ -95,9 +95,13 @@ def join(
             does not say who takes part, the others cannot be reached, or the
             batch has fewer images than there are replicas.
     """
-    _check(settings, time_limit, cpu_devices)
+    import keras
+
+    check(settings, time_limit, cpu_devices, keras.backend.backend())
     with contextlib.ExitStack() as stack:
-        waiting = stack.enter_context(_ending_though_waiting())
+        waiting = contextlib.ExitStack()
+        if _several(settings.distribution):
+            waiting = stack.enter_context(_ending_though_waiting())
         workers = _workers(settings.distribution, time_limit, cpu_devices)
         if workers.processes > 1:
             # TensorFlow and JAX have taken SIGTERM for their own ends.
@@ -112,12 +116,26 @@ def join(
         workers.leave()
 
 
-def _check(settings, time_limit, cpu_devices):
-    import keras
+def check(
+    settings: run_settings.Settings,
+    time_limit: float,
+    cpu_devices: int | None,
+    backend: str | None,
+) -> None:
+    """Finds out whether `join` can be asked for that; imports no framework.
 
-    name, backend = settings.distribution, keras.backend.backend()
+    Args:
+        settings, time_limit, cpu_devices: as for `join`.
+        backend: Keras's; None where it is not known yet.
+
+    Raises:
+        ExperimentError: it cannot be, on this backend or this system.
+    """
+    name = settings.distribution
+    if _several(name):
+        require_several_processes()
     wanted = run_settings.DISTRIBUTIONS[name]
-    if wanted not in (None, backend):
+    if backend is not None and wanted not in (None, backend):
         raise ExperimentError(
             f"distribution={name} runs on the backend {wanted}: set "
             f"KERAS_BACKEND={wanted}, or give another. Received: {backend}"
@@ -147,6 +165,29 @@ def _check(settings, time_limit, cpu_devices):
             "each device needs an image of every batch: give fewer devices. "
             f"Received: cpu_devices={cpu_devices}, "
             f"batch_size={settings.batch_size}"
+        )
+
+
+def _several(name):
+    """Whether a distribution may have other processes to wait for."""
+    launched = os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES")
+    return name in ("multiworker", "ddp") or (
+        name == "data_parallel" and bool(launched)
+    )
+
+
+def require_several_processes() -> None:
+    """Finds out whether this system can train in several processes.
+
+    Raises:
+        ExperimentError: it cannot. A worker that waits for the others must
+            hear of signals, which Windows has not.
+    """
+    if not hasattr(signal, "SIGHUP"):
+        raise ExperimentError(
+            "several processes train together on Linux and macOS alone: "
+            "train in one, with --distribution=none. Received: "
+            f"platform={sys.platform}"
         )
 
 

@@ -75,7 +75,9 @@ def main(argv):
     output = flags.FLAGS.output
     if output is None:
         output = "results/quick" if quick else "results"
+    atomic.check_folder(output)
     atomic.check_writable(Path(output) / "report.html")
+    data.check(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     require_backend()
     dataset = data.load(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     dataset = shrink(dataset)

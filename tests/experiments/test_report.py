@@ -564,7 +564,11 @@ def test_program_reports_and_fails_in_one_line(tmp_path):
         ([f"--results={results}"], "run.json, line 2: not JSON"),
         ([f"--results={tmp_path / 'absent'}"], "does not exist"),
         ([f"--results={'x' * 300}"], "does not exist"),
-        ([f"--results={results / '0'}"], "no results in"),
+        (
+            [f"--results={results / '0'}"],
+            f"{results / '0'} is no folder of results, but {results} is",
+        ),
+        ([f"--results={tmp_path}"], f"give --results={results}"),
     ):
         failed = run_program(*flags)
         assert failed.returncode == 1
