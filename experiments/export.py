@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import flags
 
+import keras_bn_checks
 from experiments import ExperimentError
 from experiments import atomic
 from experiments import data
@@ -257,6 +258,10 @@ def main(argv):
         )
     dataset_name, facts = flags.FLAGS.dataset, None
     atomic.check_folder(output)
+    try:
+        keras_bn_checks.check_destination(output, None)
+    except ValueError as error:
+        raise ExperimentError(str(error)) from error
     if is_file:
         require_file(path)
     else:
@@ -264,12 +269,6 @@ def main(argv):
         input, dataset_name = settings.input, facts["dataset"]
     data.check(dataset_name, flags.FLAGS.data_dir)
     require_backend()
-    from keras_bn.serving import publishing
-
-    try:
-        publishing.check_destination(output, None)
-    except ValueError as error:
-        raise ExperimentError(str(error)) from error
     dataset = data.load(dataset_name, flags.FLAGS.data_dir)
     if facts:
         require_same_data(facts, dataset)

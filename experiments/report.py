@@ -14,6 +14,7 @@ from absl import flags
 from experiments import ExperimentError
 from experiments import atomic
 from experiments import control_results
+from experiments import controls
 from experiments import launch
 from experiments import report_sections
 from experiments import report_studies
@@ -83,14 +84,24 @@ def write_report(
     return path
 
 
+# What a folder of results may have in it.
+_RESULTS = (
+    "[0-9]*/[0-9]*/run.json",
+    report_studies.FILES,
+    f"{controls.FOLDER}/*/**/run.json",
+)
+
+
 def _nothing(results_dir):
     """Says what to do where there are no results, but perhaps nearby."""
-    nearby = [*results_dir.parents[:3], *sorted(results_dir.iterdir())]
-    for folder in nearby:
-        if (
-            result_files.has_files(folder, "*/*/run.json")
-            or result_files.has_files(folder, report_studies.FILES)
-            or control_results.begun(folder)
+    for folder in (*sorted(results_dir.iterdir()), *results_dir.parents):
+        # Of a folder above, what was given must be a part.
+        part = results_dir if folder in results_dir.parents else folder
+        if any(
+            found.is_relative_to(part)
+            for pattern in _RESULTS
+            if result_files.has_files(folder, pattern)
+            for found in folder.glob(pattern)
         ):
             return (
                 f"{results_dir} is no folder of results, but {folder} is: "

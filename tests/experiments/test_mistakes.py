@@ -166,6 +166,11 @@ _NO_FOLDER = "error: cannot write to the folder {}/file"
             "Received: model={}/no.keras",
         ),
         ("export", ["--model={}/empty", "--output={}/file"], _NO_FOLDER),
+        (
+            "export",
+            ["--model={}/empty", "--output={}/studies"],
+            "something else than numbered versions",
+        ),
         ("two_workers", [], "give a condition"),
         ("two_workers", ["--condition=12"], "Received: condition=12"),
         (
