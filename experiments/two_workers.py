@@ -7,8 +7,10 @@ multiworker on TensorFlow, data_parallel on JAX and ddp on PyTorch. What the
 chief writes is shown; the other's last line is, should it fail.
 """
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -29,11 +31,12 @@ from experiments import train
 
 # How long a worker has to end by itself, once the other has failed.
 _GRACE_SECONDS = 10.0
+_PORTS = range(20_000, 32_768)
 
 
 def environments(backend: str) -> list[dict[str, str]]:
     """Returns what to add to the environment of each of the two workers."""
-    ports = _free_ports()
+    ports = free_ports(2)
     host = "127.0.0.1"
     if backend == "tensorflow":
         cluster = {"worker": [f"{host}:{port}" for port in ports]}
@@ -151,11 +154,20 @@ def _wait(workers):
         time.sleep(0.1)
 
 
-def _free_ports():
-    with socket.socket() as one, socket.socket() as other:
-        for taken in (one, other):
-            taken.bind(("127.0.0.1", 0))
-        return [taken.getsockname()[1] for taken in (one, other)]
+def free_ports(count: int) -> list[int]:
+    """Returns ports of this machine on which nobody listens.
+
+    None is of those that systems give to whoever asks for any, from 32,768
+    on: such a one could be given away before it is listened on.
+    """
+    found = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as taken, contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def main(argv):

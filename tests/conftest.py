@@ -33,6 +33,12 @@ import pytest
 # A shell makes what it starts in the background deaf to Ctrl-C, and so would
 # be the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# So does nohup with SIGHUP. What has a handler here, and not what is ignored,
+# is as usual in a program that is started.
+if hasattr(signal, "SIGHUP") and (
+    signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+):
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 # From each backend to the peer that its environment holds.
 _PEERS = {"tensorflow": "tf_keras", "jax": "flax", "torch": "torch"}

@@ -11,7 +11,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import keras
@@ -27,6 +26,8 @@ from experiments import run_settings
 from experiments import train
 from experiments import two_workers
 from experiments.distribution import workers
+from tests.waiting import LIMIT
+from tests.waiting import wait_until
 
 _ROOT = Path(__file__).parents[2]
 _BACKEND = keras.backend.backend()
@@ -126,6 +127,8 @@ def _start_both(output, *given, **added):
         _start(
             folder,
             f"--distribution={_PROCESSES}",
+            # On a busy machine one may start much later than the other.
+            f"--time_limit={LIMIT}",
             *given,
             environment=environment | added,
         )
@@ -148,10 +151,10 @@ def _port(environment):
     }[_BACKEND](environment)
 
 
-def _said(process, timeout=90):
+def _said(process):
     """Waits for a program to fail; returns the line it says at the end."""
     try:
-        _, errors = process.communicate(timeout=timeout)
+        _, errors = process.communicate(timeout=LIMIT)
     finally:
         process.kill()
     assert process.returncode == 1, errors
@@ -162,7 +165,7 @@ def _said(process, timeout=90):
 
 def _finish(*processes):
     for process in processes:
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=LIMIT)
         assert process.returncode == 0, errors
 
 
@@ -247,7 +250,7 @@ def folders(tmp_path_factory):
         WHERE_TO_MEET=str(tmp_path_factory.mktemp("meeting")),
     )
     for process, saved in zip(two, ("step 2", "the chief's last checkpoint")):
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=LIMIT)
         assert process.returncode == 130, errors
         assert "Traceback" not in errors
         assert errors.splitlines()[-1].endswith(
@@ -297,7 +300,7 @@ def test_an_interrupted_run_goes_on(folders):
 
 def test_a_worker_that_ends_and_one_that_never_comes(tmp_path):
     """All at once, for most of their time is spent in importing."""
-    flags = [*_FLAGS, "--steps=1000000", "--time_limit=30"]
+    flags = [*_FLAGS, "--steps=1000000", "--time_limit=60"]
     alone = _start(
         tmp_path / "alone",
         f"--distribution={_PROCESSES}",
@@ -307,13 +310,10 @@ def test_a_worker_that_ends_and_one_that_never_comes(tmp_path):
     )
     lost = _start_both(tmp_path / "lost", *flags, "--eval_every=2")
     metrics = tmp_path / "lost/0/0/metrics.jsonl"
-    began = time.monotonic()
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert lost[0].poll() is None and time.monotonic() - began < 120
-        time.sleep(0.1)
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, lost[0])
     lost[1].kill()
     lost[1].communicate()
-    line = _said(lost[0], timeout=45)
+    line = _said(lost[0])
     assert "another worker ended" in line or "did not answer" in line
     assert not list(tmp_path.rglob("incomplete.*"))
     line = _said(alone)
@@ -329,17 +329,18 @@ def test_a_worker_that_waits_hears_a_signal(tmp_path):
         "--condition=0",
         environment=environment,
     )
-    began = time.monotonic()
     address = ("127.0.0.1", _port(environment))
-    while True:
-        assert waiting.poll() is None and time.monotonic() - began < 120
+
+    def listens():
         try:
             socket.create_connection(address).close()
-            break
         except OSError:
-            time.sleep(0.1)
+            return False
+        return True
+
+    wait_until(listens, waiting)
     waiting.terminate()
-    _, errors = waiting.communicate(timeout=30)
+    _, errors = waiting.communicate(timeout=LIMIT)
     assert waiting.returncode == 143, errors
     assert errors.splitlines()[-1].startswith("interrupted: ")
     assert "Traceback" not in errors

@@ -15,6 +15,7 @@ from experiments import ExperimentError
 from experiments import data
 from experiments import ray_grid
 from experiments import reproduce
+from tests.waiting import LIMIT
 
 _ROOT = Path(__file__).parents[2]
 # A worker starts with an interpreter of its own.
@@ -114,7 +115,7 @@ def test_a_cluster_that_is_not_there(tmp_path):
         cwd=_ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import report
+from tests.waiting import LIMIT
 
 _ROOT = Path(__file__).parents[2]
 # Says in the page's title what the browser made of it.
@@ -56,7 +57,7 @@ def test_it_is_drawn_and_fetches_nothing(page, width, scheme):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
         check=True,
     )
     assert "CONSOLE" not in done.stderr

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,8 @@ from experiments import result_files
 from experiments import run_folder
 from experiments import train
 from tests.experiments.run_files import write_run
+from tests.waiting import LIMIT
+from tests.waiting import wait_until
 
 _ROOT = Path(__file__).parents[2]
 _CIFAR10 = data.Dataset(None, None, None, None, "cifar10", "3.0.2", "any")
@@ -239,14 +240,10 @@ def test_two_processes_share_a_grid_and_one_is_killed(tmp_path):
 
     killed, other = processes
     try:
-        start = time.monotonic()
-        while killed.pid not in dict(begun()):
-            assert killed.poll() is None, killed.communicate()
-            assert time.monotonic() - start < 240
-            time.sleep(0.01)
+        wait_until(lambda: killed.pid in dict(begun()), killed)
         killed.kill()
         killed.wait()
-        said, errors = other.communicate(timeout=400)
+        said, errors = other.communicate(timeout=LIMIT)
     finally:
         for process in processes:
             process.kill()
@@ -410,7 +407,7 @@ def test_the_program_from_flags_to_report(tmp_path):
         cwd=_ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
@@ -501,7 +498,7 @@ def test_a_control_experiment_from_flags_to_verdict(tmp_path):
         cwd=_ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr
     runs = {

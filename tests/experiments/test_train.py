@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import keras
@@ -24,6 +23,8 @@ from experiments import evaluation
 from experiments import models
 from experiments import run_model
 from experiments import train
+from tests.waiting import LIMIT
+from tests.waiting import wait_until
 
 _ROOT = Path(__file__).parents[2]
 
@@ -435,7 +436,7 @@ def failures(tmp_path_factory):
 )
 def test_errors_of_the_program(failures, name, said):
     processes, folder = failures
-    _, errors = processes[name].communicate(timeout=120)
+    _, errors = processes[name].communicate(timeout=LIMIT)
     assert processes[name].returncode == 1
     assert "Traceback" not in errors
     line = errors.splitlines()[-1]
@@ -456,13 +457,12 @@ def test_an_interrupted_program_says_how_to_go_on(tmp_path):
         f"--output={tmp_path}",
     )
     metrics = tmp_path / "0/0/metrics.jsonl"
-    began = time.monotonic()
     try:
-        while not (metrics.exists() and metrics.stat().st_size):
-            assert process.poll() is None and time.monotonic() - began < 120
-            time.sleep(0.1)
+        wait_until(
+            lambda: metrics.exists() and metrics.stat().st_size, process
+        )
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=LIMIT)
     finally:
         process.kill()
     assert process.returncode == 130

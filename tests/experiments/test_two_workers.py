@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import keras
 import pytest
+
+from tests.waiting import LIMIT
+from tests.waiting import wait_until
 
 _ROOT = Path(__file__).parents[2]
 # With workers that are shell scripts, in place of Python.
@@ -60,16 +62,16 @@ def test_a_terminal_that_closes_leaves_no_workers(tmp_path):
         f"echo $$ > {tmp_path}/$RANK.new\n"
         f"mv {tmp_path}/$RANK.new {tmp_path}/$RANK.pid\nexec sleep 600\n",
     )
-    began = time.monotonic()
-    while len(files := list(tmp_path.glob("*.pid"))) < 2:
-        assert program.poll() is None and time.monotonic() - began < 60
-        time.sleep(0.05)
-    workers = [int(file.read_text()) for file in files]
-    program.send_signal(signal.SIGHUP)
-    _, errors = program.communicate(timeout=60)
-    running = [worker for worker in workers if _is_running(worker)]
-    for worker in running:
-        os.kill(worker, signal.SIGKILL)
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, program)
+        program.send_signal(signal.SIGHUP)
+        _, errors = program.communicate(timeout=LIMIT)
+    finally:
+        program.kill()
+        workers = [int(x.read_text()) for x in tmp_path.glob("*.pid")]
+        running = [worker for worker in workers if _is_running(worker)]
+        for worker in running:
+            os.kill(worker, signal.SIGKILL)
     assert not running
     assert program.returncode == 129
     assert errors.splitlines()[-1].startswith("interrupted: ")
@@ -83,6 +85,7 @@ _INTERRUPTED_START = """lambda argv: (
 """
 _INTERRUPTED = """
 import os, signal, subprocess
+
 
 really, started = subprocess.Popen, []
 
@@ -102,7 +105,7 @@ def test_a_start_that_is_interrupted_leaves_no_workers(tmp_path, count):
         f"echo $$ > {tmp_path}/$RANK.pid\nexec sleep 600\n",
         _INTERRUPTED.replace("COUNT", str(count)),
     )
-    _, errors = program.communicate(timeout=60)
+    _, errors = program.communicate(timeout=LIMIT)
     assert program.returncode == 129
     assert errors.splitlines()[-1].startswith("interrupted: ")
     files = list(tmp_path.glob("*.pid"))
@@ -125,7 +128,7 @@ def test_the_chief_is_shown_and_the_flags_are_both_workers(tmp_path):
         f'echo "$@" >> {tmp_path}/given\n'
         f"env | grep -q '{chief}' && echo the chief || echo the other\n",
     )
-    said, errors = program.communicate(timeout=120)
+    said, errors = program.communicate(timeout=LIMIT)
     assert program.returncode == 0, errors
     assert said == "the chief\n"
     given = "-m experiments.train --condition=3 --synchronized"
@@ -139,8 +142,21 @@ def test_a_worker_that_fails_is_quoted(tmp_path):
         tmp_path / "worker",
         "test $RANK = 0 && exit 0\necho a note\necho the reason\nexit 3\n",
     )
-    _, errors = program.communicate(timeout=60)
+    _, errors = program.communicate(timeout=LIMIT)
     assert program.returncode == 1
     assert errors == (
         "error: worker 1 of 0 and 1 ended with exit code 3: the reason\n"
     )
+
+
+def test_under_nohup_a_terminal_that_closes_is_nothing(tmp_path):
+    """What is told to ignore it goes on, and so do its workers."""
+    program = _start(
+        "lambda argv: (os.kill(os.getpid(), signal.SIGHUP), "
+        'two_workers.run("torch", []))[1]',
+        tmp_path / "worker",
+        "kill -HUP $$\necho went on\n",
+        "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n",
+    )
+    said, errors = program.communicate(timeout=LIMIT)
+    assert (program.returncode, said, errors) == (0, "went on\n", "")

@@ -26,6 +26,7 @@ from experiments import run_model
 from experiments import train
 from experiments import update_ops_pitfall
 from experiments.run_settings import Settings
+from tests.waiting import LIMIT
 
 _ROOT = Path(__file__).parents[2]
 _BACKEND = keras.backend.backend()
@@ -267,7 +268,7 @@ def test_an_interrupted_program_is_one_line(tmp_path):
     assert "digits" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     try:
-        _, said = process.communicate(timeout=100)
+        _, said = process.communicate(timeout=LIMIT)
     finally:
         process.kill()
     assert process.returncode == 130

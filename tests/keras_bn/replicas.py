@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,9 @@ import keras
 import numpy as np
 
 import keras_bn
+from experiments.two_workers import free_ports
 from keras_bn import kernels
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[2]
 BACKEND = keras.backend.backend()
@@ -152,7 +153,7 @@ def run(program, processes, replicas):
         replicas: how many in all of them; where there are several processes,
             each has one.
     """
-    ports = [_free_port() for _ in range(processes)]
+    ports = free_ports(processes)
     running = []
     for rank in range(processes):
         devices = 1 if processes > 1 else replicas
@@ -180,7 +181,7 @@ def run(program, processes, replicas):
             )
         )
     try:
-        said = [process.communicate(timeout=240)[0] for process in running]
+        said = [process.communicate(timeout=LIMIT)[0] for process in running]
     finally:
         for process in running:
             process.kill()
@@ -207,12 +208,6 @@ def _counted(owner, name):
     counted.counted = function
     setattr(owner, name, counted)
     return calls
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _on_tensorflow(cases, replicas, processes, rank):
@@ -413,7 +408,7 @@ def _on_torch(cases, replicas, processes, rank):
         init_method=f"tcp://{os.environ['COORDINATOR']}",
         rank=rank,
         world_size=processes,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=LIMIT),
     )
 
     class Parallel(torch.nn.Module):

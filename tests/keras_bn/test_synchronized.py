@@ -14,6 +14,7 @@ import keras_bn
 from tests.keras_bn import replicas
 from tests.keras_bn.replicas import BACKEND
 from tests.keras_bn.replicas import Case
+from tests.waiting import LIMIT
 
 KINDS = {
     "exponential": {"momentum": 0.8},
@@ -356,7 +357,7 @@ np.testing.assert_allclose(found, right, 1e-5)
             [sys.executable, "-c", ON_TWO_DEVICES, samples],
             check=True,
             cwd=replicas.ROOT,
-            timeout=120,
+            timeout=LIMIT,
         )
 
 
@@ -368,15 +369,20 @@ import torch
 import keras_bn
 
 folder, rank, differs = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "channels"
-torch.distributed.init_process_group(
-    "gloo",
-    init_method=f"file://{folder}/store",
-    rank=rank,
-    world_size=2,
-    timeout=datetime.timedelta(seconds=5),
-)
 inputs = torch.ones(4, 3 + rank if differs else 3)
 layer = keras_bn.BatchNormalization(synchronized=True)
+layer.build(inputs.shape)
+# Both have come so far before the short time limit begins to count.
+store = torch.distributed.FileStore(f"{folder}/store", 2)
+store.set(f"here {rank}", "")
+store.wait([f"here {1 - rank}"], datetime.timedelta(seconds=float(sys.argv[4])))
+torch.distributed.init_process_group(
+    "gloo",
+    store=store,
+    rank=rank,
+    world_size=2,
+    timeout=datetime.timedelta(seconds=10),
+)
 try:
     layer(inputs, training=True)
     if rank == 0:
@@ -395,12 +401,20 @@ except (ValueError, RuntimeError) as error:
     def test_replicas_that_do_not_match(differs, said, tmp_path):
         running = [
             subprocess.Popen(
-                [sys.executable, "-c", UNEQUAL, tmp_path, str(rank), differs],
+                [
+                    sys.executable,
+                    "-c",
+                    UNEQUAL,
+                    tmp_path,
+                    str(rank),
+                    differs,
+                    str(LIMIT),
+                ],
                 stdout=subprocess.PIPE,
                 text=True,
                 cwd=replicas.ROOT,
             )
             for rank in range(2)
         ]
-        outputs = [process.communicate(timeout=60)[0] for process in running]
+        outputs = [process.communicate(timeout=LIMIT)[0] for process in running]
         assert said in outputs[0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import keras_bn
+from tests.waiting import LIMIT
 
 OURS = keras_bn.BatchNormalization
 KERAS = keras.layers.BatchNormalization
@@ -570,7 +571,7 @@ def _in_two_processes(program, folder, synchronized):
         )
         for rank in range(2)
     ]
-    return [process.communicate(timeout=60)[0] for process in running]
+    return [process.communicate(timeout=LIMIT)[0] for process in running]
 
 
 def test_joined_processes_train_as_with_torchs_layer(tmp_path):

@@ -15,6 +15,7 @@ from keras_bn_checks import LARGEST_VERSION
 from keras_bn_checks import check_destination
 from tests import locks
 from tests import without_posix
+from tests.waiting import LIMIT
 
 
 def _fill(folder):
@@ -227,7 +228,7 @@ def test_where_posix_is_not(tmp_path):
 
 
 def test_several_publish_at_once(tmp_path):
-    together = threading.Barrier(4, timeout=60)
+    together = threading.Barrier(4, timeout=LIMIT)
 
     def fill(folder):
         _fill(folder)
