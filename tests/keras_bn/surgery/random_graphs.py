@@ -53,12 +53,14 @@ class RandomModel:
         inputs: Array.
         bounds: Of each output, as that of a `Value`.
         trained: Whether a call in it has an argument `training`.
+        unit: Unit roundoff of what Keras computes in.
     """
 
     model: keras.Model
     inputs: np.ndarray
     bounds: list
     trained: bool
+    unit: float
 
 
 def random_model(draw, dtype):
@@ -75,6 +77,8 @@ def random_model(draw, dtype):
         for i, size in enumerate(sizes)
     ]
     integers = draw(st.integers(0, 9)) == 0
+    # Keras's layer computes in float32 what it is given as integers.
+    builder.narrows = integers
     inputs = keras.Input(known, dtype="int32" if integers else None)
     start = Value(inputs, (SAMPLES, *sizes), lambda *given: given)
     outputs = builder.grow(start, draw(st.integers(1, 7)))
@@ -88,6 +92,7 @@ def random_model(draw, dtype):
         values,
         [one.bound(largest, 0) for one in outputs],
         builder.trains,
+        np.finfo("float32" if builder.narrows else dtype).eps / 2,
     )
 
 
@@ -374,6 +379,8 @@ class _Builder:
                 options["interpolation"] = draw(
                     st.sampled_from(["nearest", "bilinear"])
                 )
+                # TensorFlow's own gives float32, whatever it is given.
+                self.narrows |= options["interpolation"] == "bilinear"
             layer = kind(2, **_without(options, rank))
         elif "Global" in name:
             layer = kind(keepdims=draw(st.booleans()), **options)

@@ -42,9 +42,6 @@ def _check(drawn):
         return
     folded = keras_bn.fold(drawn.model)
     str(folded.fold_report)
-    # Keras's layer computes in float32 what is given to it as integers.
-    dtype = DTYPE if drawn.inputs.dtype == DTYPE else "float32"
-    unit = np.finfo(dtype).eps / 2
     calls = [{"training": False}]
     if drawn.trained:
         calls.append({})
@@ -62,7 +59,7 @@ def _check(drawn):
                 frameworks.array(other),
                 frameworks.array(one),
                 rtol=0,
-                atol=4 * (errors + 8) * unit * size,
+                atol=4 * (errors + 8) * drawn.unit * size,
             )
 
 
