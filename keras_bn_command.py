@@ -17,7 +17,6 @@ and of a framework: help and wrong arguments need neither.
 
 import argparse
 import contextlib
-import importlib.machinery
 import math
 import os
 import re
@@ -249,7 +248,9 @@ class _QuietTensorFlow:
     def find_spec(self, name, path=None, target=None):
         if name != "tensorflow":
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((x for x in specs if x is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
