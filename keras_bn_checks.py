@@ -312,8 +312,9 @@ def check_writable(folder, what):
             pass
     except OSError as error:
         raise ValueError(
-            f"cannot write there ({error.strerror}: {folder}). Received: "
-            f"{what}. Name a place in a folder that you may write to"
+            f"cannot write there: no file can be made in {folder} "
+            f"({error.strerror}). Received: {what}. Name a place in a folder "
+            "that you may write to"
         ) from error
 
 

@@ -95,7 +95,7 @@ _REFUSED = [
     ),
     ([*_EXPORT, "/proc/x"], "Received: --output=/proc/x. Name a place in a f"),
     ([*_EXPORT, "file.txt"], "a file"),
-    ([*_EXPORT, "file.txt/new"], "cannot write there (Not a directory"),
+    ([*_EXPORT, "file.txt/new"], "file.txt (Not a directory)"),
     ([*_EXPORT, "."], "something else than numbered versions"),
     ([*_EXPORT, "new", "--mean=1"], "go together"),
     ([*_EXPORT, "new", "--mean=1", "--deviation=1,0"], "above zero"),
