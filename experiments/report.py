@@ -6,6 +6,7 @@ Writes `report.html`, a page that needs nothing else to be read, and its
 figures as `figures/*.svg`, all in the folder of results.
 """
 
+import os
 import string
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def write_report(
             f"no control experiment in {results_dir} has a finished run yet "
             "beside those of the article's settings; come back when one has"
         )
-    if not (others or begun) and results_dir.is_dir():
+    if not (others or begun) and os.path.isdir(results_dir):
         raise ExperimentError(_nothing(results_dir))
     if begun or not others:
         try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -213,10 +214,18 @@ def _child():
 
 
 def _peak():
-    """Megabytes of memory that this process has had at most."""
+    """Megabytes of memory that this process has had at most; NaN: unknown."""
     # On Linux getrusage begins with the peak of the process before exec.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024
+    status = Path("/proc/self/status")
+    if status.exists():
+        text = status.read_text(encoding="ascii")
+        return int(re.search(r"VmHWM:\s+(\d+) kB", text).group(1)) / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    # Bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 STUDY = Cost()
