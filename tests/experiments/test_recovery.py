@@ -142,7 +142,7 @@ def _run(settings, few, output, at_moment):
             ),
         )
         patch.setattr(atomic, "to_disk", lambda file: moment("to disk"))
-        patch.setattr(atomic, "check_writable", lambda path: None)
+        patch.setattr(atomic, "check_folder", lambda path: None)
         _on_event = lambda kind, path: (  # noqa: E731
             moment(kind) if path.startswith(str(output)) else None
         )

@@ -294,7 +294,7 @@ def test_a_finished_run_is_shown_from_a_read_only_folder(
     def refuse(path):
         raise ExperimentError(f"cannot write {path}")
 
-    monkeypatch.setattr(train.atomic, "check_writable", refuse)
+    monkeypatch.setattr(train.atomic, "check_folder", refuse)
     train.check_output(_settings(), undisturbed.parents[1])
     with pytest.raises(ExperimentError, match="cannot write"):
         train.check_output(_settings(seed=1), undisturbed.parents[1])
