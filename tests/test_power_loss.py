@@ -199,4 +199,6 @@ def test_a_version_is_whole_or_not_there(new, tmp_path, disk):  # noqa: F811
 
     with kept.watching(check):
         publish(directory, None, fill)
-    assert [visible(files) for files in kept.left()] == [whole]
+    # What is hidden, such as the file of a lock, may be there or not.
+    for files in kept.left():
+        assert visible(files) == whole
