@@ -379,7 +379,7 @@ class _Builder:
                 options["interpolation"] = draw(
                     st.sampled_from(["nearest", "bilinear"])
                 )
-                # TensorFlow's own gives float32, whatever it is given.
+                # TensorFlow computes it in float32, whatever it is given.
                 self.narrows |= options["interpolation"] == "bilinear"
             layer = kind(2, **_without(options, rank))
         elif "Global" in name:
