@@ -42,10 +42,8 @@ ENVIRONMENTS = {
 # by itself only where there is AVX-512 VNNI. PyTorch takes its setting's word
 # even where the CPU cannot do that, so the highest is left to the main run.
 CPU_SETTINGS = {
-    "tensorflow": [
-        {"TF_ENABLE_ONEDNN_OPTS": "0"},
-        {"TF_ENABLE_ONEDNN_OPTS": "1"},
-    ],
+    # The main run has it on, whatever the CPU (`tests/conftest.py`).
+    "tensorflow": [{"TF_ENABLE_ONEDNN_OPTS": "0"}],
     "jax": [{"XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}],
     "torch": [
         {"ATEN_CPU_CAPABILITY": "default"},
