@@ -1,6 +1,5 @@
 """Errors say what was received, in one line, and Keras's stay Keras's."""
 
-import runpy
 
 import keras
 import numpy as np
@@ -194,11 +193,3 @@ def test_a_mask_of_another_shape(shape, axis, mask_shape, message):
         first = str(error.value)
         for part in (f"{mask_shape}", f"{shape}"):
             assert part in first, first
-
-
-def test_a_backend_that_is_not_supported(monkeypatch):
-    # Keras's own numpy backend imports JAX, so it is only named here.
-    monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
-    with pytest.raises(ImportError, match="Received: 'numpy'") as error:
-        runpy.run_path(keras_bn.kernels.__file__)
-    assert "\n" not in str(error.value)
